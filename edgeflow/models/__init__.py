@@ -1,0 +1,1 @@
+"""The checkpoints shipped in the package: one diffusers folder per name."""

@@ -1,0 +1,96 @@
+"""The two seams and who stands behind them: name → "module:Class", resolved on first use.
+
+An *exporter* lowers a program into a folder; a *runtime* loads a bundle and maps named arrays to named
+arrays. Packages outside add theirs through the entry-point groups ``edgeflow.exporters`` and
+``edgeflow.runtimes``; a built-in name cannot be taken over.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from edgeflow.errors import BackendMissing, UnknownNameError
+from edgeflow.spec import GraphSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgeflow.bundle import Bundle
+    from edgeflow.exporters.program import Program
+
+EXPORTERS = {
+    "onnx": "edgeflow.exporters.to_onnx:OnnxExporter",
+    "openvino": "edgeflow.exporters.to_openvino:OpenVinoExporter",
+    "coreml": "edgeflow.exporters.to_coreml:CoreMLExporter",
+}
+RUNTIMES = {
+    "torch": "edgeflow.runtimes.torch_reference:TorchReference",
+    "onnx": "edgeflow.runtimes.onnx_runtime:OnnxRuntime",
+    "openvino": "edgeflow.runtimes.openvino_runtime:OpenVinoRuntime",
+    "coreml": "edgeflow.runtimes.coreml_runtime:CoreMLRuntime",
+}
+#: The package whose absence means "this backend is not installed", and the extra that brings it.
+REQUIRES = {
+    "torch": ("torch", "export"),
+    "onnx": ("onnxruntime", "onnx"),
+    "openvino": ("openvino", "openvino"),
+    "coreml": ("coremltools", "coreml"),
+}
+
+
+class Exporter(Protocol):
+    """Lowers one program into a folder."""
+
+    backend: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+
+    def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
+        """Write the artifact under ``folder`` and say what was written (file relative to ``folder``).
+
+        ``layout`` is "pipeline" or "components"; the latter takes the ecosystem's own file and tensor names.
+        Equal inputs give equal bytes. Raises ExportError naming what the backend cannot take.
+        """
+
+
+class Runtime(Protocol):
+    """Loads a bundle once and runs its graphs many times."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> Runtime:
+        """Load every graph of the bundle. Raises RuntimeFailure when the backend refuses an artifact."""
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Named arrays (edgeflow's names, cast to the artifact's dtypes) to named arrays.
+
+        Raises ValueError for an unknown graph, a missing or an unknown input, or a wrong shape.
+        """
+
+
+def exporter(name: str) -> Exporter:
+    """The exporter called ``name``. Raises UnknownNameError, or BackendMissing with the pip line."""
+    return _resolve("exporter", name, EXPORTERS, "export")()
+
+
+def runtime(name: str) -> type[Runtime]:
+    """The runtime class called ``name``. Raises UnknownNameError, or BackendMissing with the pip line."""
+    return _resolve("runtime", name, RUNTIMES, REQUIRES.get(name, ("", name))[1])
+
+
+def _resolve(kind: str, name: str, builtin: dict[str, str], extra: str) -> Any:
+    outside = {e.name: e.value for e in entry_points(group=f"edgeflow.{kind}s")}
+    known = {**outside, **builtin}
+    if name not in known:
+        raise UnknownNameError(kind, name, known)
+    module, _, attribute = known[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("edgeflow"):
+            raise
+        raise BackendMissing(error.name, extra) from error

@@ -1,0 +1,51 @@
+"""Outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgeflow.errors import EdgeflowError, OutputExistsError
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its place when the block ends without an exception.
+
+    Raises OutputExistsError when ``out`` is there and ``force`` is off, EdgeflowError when the place
+    cannot be written. On any exception the temporary folder is removed and ``out`` is untouched.
+    """
+    if (out.exists() or out.is_symlink()) and not force:
+        raise OutputExistsError(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise EdgeflowError(f"output: {out}: expected a writable folder, got: {error.strerror}") from error
+    try:
+        stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private; an output is not
+        yield stage
+        _replace(stage, out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, out: Path) -> None:
+    """Rename ``stage`` to ``out``; what lay there is moved aside first and removed last."""
+    if not (out.exists() or out.is_symlink()):
+        stage.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    out.rename(aside / "old")
+    stage.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""Runtimes: each opens a bundle and maps named arrays to named arrays. Import it as ``edgeflow.runtimes``."""

@@ -1,0 +1,1 @@
+"""Training: data → autoencoder → teacher → pairs → reflow → distill. Import it as ``edgeflow.training``."""

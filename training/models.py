@@ -1,0 +1,165 @@
+"""The shapes of the models that edgeflow trains, and their checkpoints on disk.
+
+A model is Stable Diffusion's own set of parts at a chosen size: CLIPTextModel, UNet2DConditionModel and
+AutoencoderTiny, so everything that opens Stable Diffusion opens these.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from edgeflow.checkpoint import FACTS, SCHEMA, Checkpoint
+
+#: Stable Diffusion's noise schedule: β from 0.00085 to 0.012, linear in √β, 1000 steps.
+SD_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model's parts. Defaults are the emoji model's."""
+
+    picture_size: int = 128
+    latent_channels: int = 8
+    autoencoder_width: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 1, 2, 3)
+    decoder_blocks: tuple[int, ...] = (4, 3, 2, 1)
+    unet_channels: tuple[int, ...] = (96, 160, 224)
+    unet_layers: int = 2
+    unet_heads: tuple[int, ...] = (3, 5, 7)
+    unet_attention: tuple[bool, ...] = (True, True, True)
+    text_width: int = 192
+    text_layers: int = 3
+    text_heads: int = 6
+    vocabulary: int = 2048
+    max_tokens: int = 24
+
+    @property
+    def latent_side(self) -> int:
+        return self.picture_size // 2 ** (len(self.decoder_blocks) - 1)
+
+
+@dataclass
+class Parts:
+    """A model in memory. ``tokenizer_dir`` is copied as it is when the checkpoint is saved."""
+
+    vae: AutoencoderTiny
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer_dir: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def build_autoencoder(shape: ModelShape) -> AutoencoderTiny:
+    """A convolutional autoencoder without norms: picture (N, 3, S, S) in [-1, 1] ↔ latent (N, C, S/8, S/8)."""
+    width = (shape.autoencoder_width,) * len(shape.decoder_blocks)
+    return AutoencoderTiny(
+        latent_channels=shape.latent_channels,
+        encoder_block_out_channels=width,
+        decoder_block_out_channels=width,
+        num_encoder_blocks=shape.encoder_blocks,
+        num_decoder_blocks=shape.decoder_blocks,
+    )
+
+
+def build_unet(shape: ModelShape) -> UNet2DConditionModel:
+    """Stable Diffusion's UNet: latent (N, C, s, s), timestep, text (N, L, D) → (N, C, s, s)."""
+    return UNet2DConditionModel(
+        sample_size=shape.latent_side,
+        in_channels=shape.latent_channels,
+        out_channels=shape.latent_channels,
+        block_out_channels=shape.unet_channels,
+        layers_per_block=shape.unet_layers,
+        # diffusers' name for it; on SD-style blocks this number is the count of heads.
+        attention_head_dim=shape.unet_heads,
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in shape.unet_attention
+        ),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in shape.unet_attention[::-1]),
+        cross_attention_dim=shape.text_width,
+        norm_num_groups=32 if all(c % 32 == 0 for c in shape.unet_channels) else 8,
+    )
+
+
+def build_text_encoder(shape: ModelShape, num_tokens: int) -> CLIPTextModel:
+    """CLIP's text transformer: ids (N, L) → hidden states (N, L, D). The last id of the vocabulary ends a text."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=num_tokens,
+            hidden_size=shape.text_width,
+            intermediate_size=4 * shape.text_width,
+            num_hidden_layers=shape.text_layers,
+            num_attention_heads=shape.text_heads,
+            max_position_embeddings=shape.max_tokens,
+            projection_dim=shape.text_width,
+            hidden_act="quick_gelu",
+            bos_token_id=num_tokens - 2,
+            eos_token_id=num_tokens - 1,
+            pad_token_id=num_tokens - 1,
+        )
+    )
+
+
+def load_parts(model: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
+    """Open a checkpoint and load every part in eval mode. Raises CheckpointError for a bad folder."""
+    checkpoint = Checkpoint.open(model)
+    root = checkpoint.root
+    return Parts(
+        vae=AutoencoderTiny.from_pretrained(root / "vae", torch_dtype=dtype),
+        unet=UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=dtype),
+        text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", dtype=dtype).eval(),
+        tokenizer_dir=root / "tokenizer",
+        facts=checkpoint.facts,
+    )
+
+
+def save_autoencoder(vae: AutoencoderTiny, folder: Path, facts: dict[str, Any]) -> None:
+    """A checkpoint of the autoencoder alone."""
+    vae.save_pretrained(folder / "vae")
+    _write_index(folder, "AutoencoderTiny", {"vae": ["diffusers", "AutoencoderTiny"]}, facts)
+
+
+def save_parts(parts: Parts, folder: Path, facts: dict[str, Any]) -> None:
+    """A checkpoint in the published layout: ``model_index.json`` and one folder per part, safetensors only."""
+    parts.vae.save_pretrained(folder / "vae")
+    parts.unet.save_pretrained(folder / "unet")
+    parts.text_encoder.save_pretrained(folder / "text_encoder")
+    DDIMScheduler(**SD_SCHEDULE).save_pretrained(folder / "scheduler")
+    target = folder / "tokenizer"
+    target.mkdir()
+    for file in sorted(parts.tokenizer_dir.iterdir()):
+        (target / file.name).write_bytes(file.read_bytes())
+    index = {
+        "vae": ["diffusers", "AutoencoderTiny"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    name = "StableDiffusionPipeline" if facts["kind"] == "diffusion" else "RectifiedFlowPipeline"
+    _write_index(folder, name, index, facts)
+
+
+def _write_index(folder: Path, class_name: str, index: dict[str, Any], facts: dict[str, Any]) -> None:
+    for path, content in (
+        (folder / "model_index.json", {"_class_name": class_name, **index}),
+        (folder / FACTS, {"schema": SCHEMA, **facts}),
+    ):
+        path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
