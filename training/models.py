@@ -38,10 +38,10 @@ class ModelShape:
     autoencoder_width: int = 64
     encoder_blocks: tuple[int, ...] = (1, 1, 2, 3)
     decoder_blocks: tuple[int, ...] = (4, 3, 2, 1)
-    unet_channels: tuple[int, ...] = (96, 160, 224)
-    unet_layers: int = 2
-    unet_heads: tuple[int, ...] = (3, 5, 7)
-    unet_attention: tuple[bool, ...] = (True, True, True)
+    unet_channels: tuple[int, ...] = (96, 160, 160)
+    unet_layers: int = 1
+    unet_heads: tuple[int, ...] = (3, 5, 5)
+    unet_attention: tuple[bool, ...] = (True, True, False)
     text_width: int = 192
     text_layers: int = 3
     text_heads: int = 6
