@@ -1,4 +1,4 @@
-"""CLIP's tokenizer without torch or transformers: a prompt to exactly the ids of ``transformers.CLIPTokenizer``.
+"""CLIP's tokenizer, free of torch and transformers, with exactly the ids of ``transformers.CLIPTokenizer``.
 
 Byte-level BPE (Radford et al. 2021, arXiv 2103.00020, section 2.4). The folder is a Stable Diffusion
 ``tokenizer/``: vocab.json, merges.txt, tokenizer_config.json and, where present, special_tokens_map.json
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from edgeflow.errors import CheckpointError, UsageError
 
@@ -28,11 +28,11 @@ END_OF_WORD = "</w>"
 WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 #: The roles a config gives to tokens, in the order in which transformers registers them: where two roles name
-#: the same token, the first one's matching flags hold.
+#: the same token, the last one's matching flags hold (SD 1.x: pad's, a plain string, over eos's).
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ROLE_DEFAULTS = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
-#: ``model_max_length`` of a config that sets none is 1e30 in transformers; nothing near this is a real length.
+#: A config that sets no ``model_max_length`` is saved as 1e30; a real length is far below this.
 _MAX_LENGTH_LIMIT = 65536
 
 
@@ -95,14 +95,15 @@ class ClipTokenizer:
             raise CheckpointError(
                 f"tokenizer: {path}: vocabulary and merges do not fit together: {error}"
             ) from error
-        backend.add_tokens(added)
+        backend.add_tokens([token for _, token in added])
+        for index, token in added:
+            got = backend.token_to_id(token.content)
+            if index not in (None, got):
+                raise CheckpointError(
+                    f"tokenizer: {path}: added token {token.content!r}: "
+                    f"expected the next free id {got}, got {index}"
+                )
         ids = {role: _role_id(backend, token, role, path) for role, token in roles.items()}
-        backend.post_processor = processors.RobertaProcessing(
-            sep=(roles["eos_token"].content, ids["eos_token"]),
-            cls=(roles["bos_token"].content, ids["bos_token"]),
-            trim_offsets=False,
-            add_prefix_space=False,
-        )
         return cls(
             backend,
             max_length,
@@ -231,39 +232,62 @@ def _side(config: Mapping[str, Any], key: str, path: Path) -> str:
 
 def _special_tokens(
     path: Path, config: Mapping[str, Any], file_added: list[dict[str, Any]]
-) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Which token plays which role, and the tokens to match in the prompt before BPE, in their order.
+) -> tuple[dict[str, AddedToken], list[tuple[int | None, AddedToken]]]:
+    """Which token plays which role, and the tokens to match in a prompt before BPE, with their ids if given.
 
     As transformers 5 reads them: with ``added_tokens_decoder`` in the config that is the whole truth; else
     special_tokens_map.json overrides the config, then added_tokens.json and tokenizer.json's list join in.
     """
     values: dict[str, Any] = dict(_ROLE_DEFAULTS)
-    values.update({role: config[role] for role in _ROLES if config.get(role) is not None})
     where = path / "tokenizer_config.json"
-    listed: dict[int, AddedToken] = {}
-    if "added_tokens_decoder" in config:
-        for index, token in config["added_tokens_decoder"].items():
-            listed[int(index)] = _added_token(token, where)
-    else:
-        special_map = path / "special_tokens_map.json"
-        if special_map.exists():
-            given = _read_json(special_map)
-            values.update({role: given[role] for role in _ROLES if given.get(role) is not None})
-        names = {_added_token(value, where).content for value in values.values()}
-        if (path / "added_tokens.json").exists():
-            for content, index in _read_json(path / "added_tokens.json").items():
-                special = content in names
-                listed[index] = AddedToken(content, normalized=not special, special=special)
-        for token in file_added:
-            listed[token.get("id", -1)] = _added_token(token, path / "tokenizer.json")
-    by_content = {token.content: token for token in listed.values()}
+    sources = [config]
+    legacy = "added_tokens_decoder" not in config
+    if legacy and (path / "special_tokens_map.json").exists():
+        where = path / "special_tokens_map.json"
+        sources.append(_read_json(where))
+    for source in sources:
+        values.update({role: source[role] for role in _ROLES if source.get(role) is not None})
     roles = {role: _added_token(value, where) for role, value in values.items()}
+    if legacy:
+        names = {token.content for token in roles.values()}
+        listed = _legacy_added(path, names, file_added)
+    else:
+        listed = _listed_added(config["added_tokens_decoder"], path / "tokenizer_config.json")
+    by_content = {token.content: token for token in listed.values()}
     roles = {role: by_content.get(token.content, token) for role, token in roles.items()}
-    added = [token for _, token in sorted(listed.items(), key=lambda item: item[0])]
+    added: list[tuple[int | None, AddedToken]] = [(index, listed[index]) for index in sorted(listed)]
     for role in _ROLES:
-        if role in roles and roles[role].content not in {token.content for token in added}:
-            added.append(AddedToken(**_flags(roles[role]), special=True))
+        if role in roles and roles[role].content not in by_content:
+            added.append((None, AddedToken(**_flags(roles[role]), special=True)))
     return roles, added
+
+
+def _legacy_added(path: Path, names: set[str], file_added: list[dict[str, Any]]) -> dict[int, AddedToken]:
+    listed = {}
+    legacy = path / "added_tokens.json"
+    if legacy.exists():
+        for content, index in _read_json(legacy).items():
+            special = content in names
+            listed[_token_id(index, legacy)] = AddedToken(content, normalized=not special, special=special)
+    for token in file_added:
+        listed[_token_id(token.get("id"), path / "tokenizer.json")] = _added_token(
+            token, path / "tokenizer.json"
+        )
+    return listed
+
+
+def _listed_added(listed: Any, path: Path) -> dict[int, AddedToken]:
+    if not isinstance(listed, dict):
+        raise CheckpointError(
+            f"tokenizer: {path}: added_tokens_decoder: expected tokens by id, got {listed!r:.80}"
+        )
+    return {_token_id(index, path): _added_token(token, path) for index, token in listed.items()}
+
+
+def _token_id(index: Any, path: Path) -> int:
+    if str(index).isascii() and str(index).isdigit():
+        return int(index)
+    raise CheckpointError(f"tokenizer: {path}: expected token ids, got {index!r}")
 
 
 def _flags(token: AddedToken) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
+from edgeflow.training.vocabulary import FIXED_ENTRIES, byte_alphabet, learn_merges, train_vocabulary
 
 from edgeflow.errors import DataError, OutputExistsError
-from edgeflow.training.vocabulary import FIXED_ENTRIES, byte_alphabet, learn_merges, train_vocabulary
 
 CAPTIONS = [
     "grinning face with big eyes, noto style",
@@ -84,7 +84,7 @@ def test_same_captions_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_merges_are_the_most_frequent_pairs() -> None:
-    # By hand: "aab" three times, "ab" twice. a+b</w> occurs 5 times, then a+ab</w> 3 times, then none is left.
+    # By hand, of "aab" three times and "ab" twice: a+b</w> occurs 5 times, then a+ab</w> 3 times, no more.
     assert learn_merges(["aab aab aab", "ab ab"], 10) == [("a", "b</w>"), ("a", "ab</w>")]
 
 
