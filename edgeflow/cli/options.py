@@ -1,0 +1,124 @@
+"""Options that mean the same in every verb, and how loud a verb is.
+
+Decorators, each giving the verb one keyword argument:
+
+- ``out_option`` → ``out: Path``; ``force_option`` → ``force: bool``; ``seed_option`` → ``seed: int``;
+  ``json_option`` → ``as_json: bool``.
+- ``verbosity`` → no argument: it sets how loud the logger ``edgeflow`` is (-q errors, default also
+  warnings and notes, -v also debugging and tracebacks).
+
+Use ``logging.getLogger("edgeflow")`` (or a child) for notes: they go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LOG = logging.getLogger("edgeflow")
+
+
+def out_option(help: str, *, required: bool = True) -> Callable[[F], F]:
+    """``-o/--out PATH`` → ``out: Path`` (or None where not required)."""
+    return click.option(
+        "-o", "--out", type=click.Path(path_type=Path), required=required, metavar="PATH", help=help
+    )
+
+
+def force_option(function: F) -> F:
+    """``--force`` → ``force: bool``."""
+    return click.option("--force", is_flag=True, help="Replace an output that already exists.")(function)
+
+
+def seed_option(function: F) -> F:
+    """``--seed N`` → ``seed: int``, 0 if not given."""
+    return click.option(
+        "--seed",
+        type=click.IntRange(0, 2**64 - 1),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Seed of all randomness; the same seed gives the same result.",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """``--json`` → ``as_json: bool``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def verbosity(function: F) -> F:
+    """``-v/--verbose`` and ``-q/--quiet``; the verb gets no argument for them."""
+    quiet = click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=lambda ctx, param, value: _set_level(logging.ERROR) if value else None,
+        help="Say nothing but errors.",
+    )
+    loud = click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=lambda ctx, param, value: _set_level(logging.DEBUG) if value else None,
+        help="Say more, and show tracebacks.",
+    )
+    return loud(quiet(function))
+
+
+def example(*lines: str) -> str:
+    """A ``click.command(epilog=…)``: the runnable example that ends every help text."""
+    title = "Example:" if len(lines) == 1 else "Examples:"
+    return "\n".join(["\b", title, *(f"  {line}" for line in lines)])
+
+
+def print_json(value: Any) -> None:
+    """The result as JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def verbose() -> bool:
+    """Whether -v was given."""
+    return _LOG.isEnabledFor(logging.DEBUG)
+
+
+def quiet() -> bool:
+    """Whether -q was given."""
+    return not _LOG.isEnabledFor(logging.WARNING)
+
+
+def show_progress() -> bool:
+    """Whether a progress bar belongs on stderr: it is a terminal, and -q was not given."""
+    return sys.stderr.isatty() and not quiet()
+
+
+class _Stderr(logging.Handler):
+    """Notes as they are, warnings and debugging marked; to the stderr of this very moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        click.echo(mark + record.getMessage(), err=True)
+
+
+def _set_level(level: int) -> None:
+    _LOG.setLevel(level)
+
+
+def reset_verbosity() -> None:
+    """The default loudness; the handler is added once."""
+    _LOG.setLevel(logging.INFO)
+    if not any(isinstance(h, _Stderr) for h in _LOG.handlers):
+        _LOG.addHandler(_Stderr())
+        _LOG.propagate = False
