@@ -1,0 +1,77 @@
+"""OpenVINO on the CPU, in float32 arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from edgeflow.bundle import inside
+from edgeflow.errors import RuntimeFailure
+from edgeflow.runtimes import checks
+from edgeflow.spec import GraphSpec
+
+if TYPE_CHECKING:
+    from edgeflow.bundle import Bundle
+
+
+class OpenVinoRuntime:
+    """Runs an OpenVINO bundle. The runtime library sends no telemetry (only the converter would)."""
+
+    name: ClassVar[str] = "openvino"
+
+    def __init__(self, graphs: Mapping[str, GraphSpec], compiled: Mapping[str, ov.CompiledModel]):
+        self._graphs = dict(graphs)
+        self._requests = {name: model.create_infer_request() for name, model in compiled.items()}
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> OpenVinoRuntime:
+        """Compile every graph of the bundle. Raises RuntimeFailure for a graph that OpenVINO refuses."""
+        checks.expect_bundle(cls.name, bundle)
+        core = ov.Core()
+        graphs = {graph.name: graph for graph in bundle.manifest.graphs}
+        return cls(graphs, {name: _compile(core, bundle, graph) for name, graph in graphs.items()})
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Named arrays to named arrays; see ``edgeflow.spec.GraphSpec`` for the names and shapes."""
+        spec = checks.pick_graph(self._graphs, graph)
+        request = self._requests[graph]
+        feeds = checks.feed(spec, inputs)
+        try:
+            request.infer(feeds, share_inputs=True)
+            # A copy: the request's own buffers are overwritten by its next run.
+            results = {t.key: np.array(request.get_tensor(t.key).data) for t in spec.outputs}
+        except RuntimeError as error:
+            raise RuntimeFailure(f"runtime openvino: graph {graph}: run failed: {_reason(error)}") from error
+        return checks.collect(self.name, spec, results)
+
+
+def _compile(core: ov.Core, bundle: Bundle, graph: GraphSpec) -> ov.CompiledModel:
+    path = inside(bundle.root, graph.file)
+    config = {
+        # Some CPUs run bfloat16 by default, which parity would report as an export's fault.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": checks.num_threads(),
+    }
+    try:
+        model = core.compile_model(str(path), "CPU", config)
+    except RuntimeError as error:
+        raise RuntimeFailure(f"runtime openvino: {path}: could not be loaded: {_reason(error)}") from error
+    names = [{name for port in ports for name in port.get_names()} for ports in (model.inputs, model.outputs)]
+    # A port may carry several names; the ones that no manifest speaks of are aliases of those it does.
+    inputs = {t.key for t in graph.inputs if t.key in names[0]}
+    if len(inputs) != len(model.inputs):
+        inputs = names[0]
+    checks.expect_keys(OpenVinoRuntime.name, graph, inputs, names[1])
+    return model
+
+
+def _reason(error: RuntimeError) -> str:
+    """OpenVINO's messages begin with the place in its source; the reason is the last line that is not one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (said[-1] if said else checks.one_line(error)).rstrip(".")
