@@ -5,36 +5,59 @@
     {"schema": 1, "kind": "one-step", "steps": 1, "guidance": 0.0, "licence": "…", "origin": "…",
      "picture_size": 128, "prompts": ["…"], "training": {…}}
 
-``kind`` is one of KINDS. A folder without it (the published InstaFlow) is read from its class name.
+``kind`` is one of KINDS. A folder without it (the published InstaFlow) is read from its pipeline's class.
 """
 
 from __future__ import annotations
 
 import json
-import struct
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from edgeflow.errors import CheckpointError, UnknownNameError
+from edgeflow import facts as model_facts
+from edgeflow.errors import CheckpointError, UnknownNameError, UsageError
+from edgeflow.facts import FACTS, KINDS, PARTS, SCHEMA, read_json
 from edgeflow.spec import FIRST_TIMESTEP, GenerationSpec
+from edgeflow.weights import StoredTensor, read_safetensors_header
 
-SCHEMA = 1
-FACTS = "edgeflow.json"
-#: What a checkpoint can be: it draws in one step; its ODE is integrated in a few; it is a many-step teacher;
-#: it is an autoencoder alone.
-KINDS = ("one-step", "rectified-flow", "diffusion", "autoencoder")
-PARTS = ("text_encoder", "unet", "vae", "tokenizer")
+__all__ = ["FACTS", "KINDS", "PARTS", "SCHEMA", "Checkpoint", "builtin_models", "resolve"]
+
 MODELS = Path(__file__).parent / "models"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DEFAULT_PROMPTS = ("a photograph of an astronaut riding a horse", "a red bicycle leaning on a brick wall")
+#: The file a part's weights are in, less its ending: what from_pretrained of each library looks for.
+_WEIGHTS = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+}
+#: diffusers' scaling_factor where a config leaves it out, as Stable Diffusion 1.x does.
+_LATENT_SCALES = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose parts are all there and whose safetensors files are whole."""
+    """A checkpoint folder whose parts are all there and whose safetensors files are whole.
+
+    ``facts`` is edgeflow.json with every default filled in: kind, steps, guidance, licence, origin, prompts
+    and ``parts``, the names of the folders this kind consists of.
+    """
 
     root: Path
     name: str
@@ -45,173 +68,272 @@ class Checkpoint:
         """Open ``model``: a built-in name, a folder, or a hub id (``owner/name``).
 
         Raises UnknownNameError for a name that is none of these, CheckpointError for a folder that lacks a
-        part, holds pickles instead of safetensors, or has a truncated file.
+        part, holds pickles instead of safetensors, has a truncated file, or parts that do not fit together.
         """
         root, name = resolve(str(model))
-        index = _read_json(root / "model_index.json", "checkpoint")
-        facts = _facts(root, index)
-        checkpoint = cls(root, name, facts)
-        for part in facts["parts"]:
+        if not (root / _INDEX).is_file() and (root / "manifest.json").is_file():
+            raise CheckpointError(f"checkpoint: {root}: expected a checkpoint, got a bundle (manifest.json)")
+        index = read_json(root / _INDEX)
+        checkpoint = cls(root, name, model_facts.read_facts(root, name, index))
+        for part in checkpoint.parts:
             checkpoint._check_part(part)
         return checkpoint
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        return self.facts["kind"]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the part folders: all of PARTS, or the vae alone for an autoencoder."""
+        return tuple(self.facts["parts"])
 
     def _check_part(self, part: str) -> None:
         folder = self.root / part
         if not folder.is_dir():
-            raise CheckpointError(f"checkpoint: {self.root}: part {part!r} is missing; expected: {', '.join(self.facts['parts'])}")
+            raise CheckpointError(
+                f"checkpoint: {self.root}: part {part!r} is missing; expected: {', '.join(self.parts)}"
+            )
         if part == "tokenizer":
+            _check_tokenizer(folder)
             return
-        _read_json(folder / "config.json", "checkpoint")
-        if not self.weight_files(part):
-            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-            got = f"the pickle {pickles[0]!r}, which is refused" if pickles else "none"
-            raise CheckpointError(f"checkpoint: {folder}: expected weights in safetensors, got {got}")
-        for path in self.weight_files(part):
-            read_safetensors_header(path)
-
-    def weight_files(self, part: str) -> list[Path]:
-        return sorted((self.root / part).glob("*.safetensors"))
+        found = self.class_name(part)
+        if part in _CLASSES and found not in _CLASSES[part]:
+            raise CheckpointError(
+                f"checkpoint: {folder}: class {found!r} is not known; known: {', '.join(_CLASSES[part])}"
+            )
+        if not self.stored_tensors(part):
+            raise CheckpointError(f"checkpoint: {folder}: expected weights, got a file without a tensor")
 
     def config(self, part: str) -> dict[str, Any]:
-        return _read_json(self.root / part / "config.json", "checkpoint")
+        """``config.json`` of a part that has weights."""
+        return read_json(self.root / part / "config.json")
+
+    def class_name(self, part: str) -> str:
+        """The Python class of a part: diffusers' ``_class_name`` or transformers' first architecture."""
+        if part == "tokenizer":
+            return str(read_json(self.root / part / "tokenizer_config.json").get("tokenizer_class"))
+        config = self.config(part)
+        architectures = config.get("architectures") or [config.get("model_type")]
+        return str(config.get("_class_name") or architectures[0])
+
+    def weight_files(self, part: str) -> list[Path]:
+        """The safetensors files that make up a part, exactly those that from_pretrained would load.
+
+        Raises CheckpointError where there are none (naming a pickle that lies in their place) or where a
+        sharded part's index names a file that is not there.
+        """
+        folder, stem = self.root / part, _WEIGHTS[part]
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file() and index.is_file():
+            raise CheckpointError(f"checkpoint: {folder}: expected {single.name} or {index.name}, got both")
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return [folder / name for name in sorted(set(_weight_map(index).values()))]
+        others = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        got = ", ".join(others) or (f"the pickle {pickles[0]}, which is refused" if pickles else "none")
+        raise CheckpointError(f"checkpoint: {folder}: expected weights in {single.name}, got {got}")
+
+    def stored_tensors(self, part: str) -> dict[str, StoredTensor]:
+        """Tensor name → how it is stored, over all files of a part; every file is checked to be whole."""
+        folder = self.root / part
+        by_file = {path: read_safetensors_header(path) for path in self.weight_files(part)}
+        index = folder / f"{_WEIGHTS[part]}.safetensors.index.json"
+        for tensor, name in _weight_map(index).items() if index.is_file() else ():
+            if tensor not in by_file[folder / name]:
+                raise CheckpointError(f"weights: {index}: tensor {tensor!r} is not in {name}")
+        return {name: tensor for header in by_file.values() for name, tensor in header.items()}
 
     def num_parameters(self, part: str) -> int:
         """Number of weights of a part, from the safetensors headers alone."""
-        total = 0
-        for path in self.weight_files(part):
-            for tensor in read_safetensors_header(path).values():
-                count = 1
-                for n in tensor["shape"]:
-                    count *= n
-                total += count
-        return total
+        return sum(tensor.numel for tensor in self.stored_tensors(part).values())
+
+    def files(self, part: str) -> list[Path]:
+        """The files of a part that decide what it computes."""
+        folder = self.root / part
+        if part == "tokenizer":
+            return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+        return [folder / "config.json", *self.weight_files(part)]
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over the name and content of every config, weight and tokenizer file."""
+        """sha256 over all that decides the picture.
+
+        That is: kind, steps, guidance; the name and content of every config, weight and tokenizer file; a
+        many-step model's scheduler. Files that nothing reads do not count, nor do licence and origin.
+        """
         digest = sha256()
-        parts = [p for part in self.facts["parts"] for p in sorted((self.root / part).rglob("*")) if p.is_file()]
-        for path in parts:
+        facts = {key: self.facts[key] for key in ("kind", "steps", "guidance")}
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        paths = [path for part in self.parts for path in self.files(part)]
+        scheduler = self.root / "scheduler" / "scheduler_config.json"
+        if self.kind == "diffusion" and scheduler.is_file():
+            paths.append(scheduler)
+        for path in paths:
             with path.open("rb") as file:
-                digest.update(f"{path.relative_to(self.root).as_posix()}\0".encode())
+                digest.update(f"\0{path.relative_to(self.root).as_posix()}\0".encode())
                 digest.update(file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
     @property
-    def kind(self) -> str:
-        return self.facts["kind"]
+    def latent_scale(self) -> float:
+        """UNet latents = autoencoder latents × latent scale."""
+        return float(self.config("vae").get("scaling_factor") or _LATENT_SCALES[self.class_name("vae")])
 
     @property
-    def latent_scale(self) -> float:
-        return float(self.config("vae")["scaling_factor"])
+    def upscale(self) -> int:
+        """Pixels per latent position along one side: 2 per level of the autoencoder after the first."""
+        vae = self.config("vae")
+        if self.class_name("vae") == "AutoencoderTiny":
+            levels, factor = vae.get("decoder_block_out_channels"), vae.get("upsampling_scaling_factor", 2)
+        else:
+            levels, factor = vae.get("block_out_channels"), 2
+        if not isinstance(levels, list) or not levels or not isinstance(factor, int):
+            raise CheckpointError(f"checkpoint: {self.root / 'vae'}: config.json does not list its levels")
+        return factor ** (len(levels) - 1)
 
     @property
     def generation(self) -> GenerationSpec:
-        """What drawing a picture needs. The picture is 2^(levels−1) times the latent's side."""
-        unet, vae = self.config("unet"), self.config("vae")
-        side = int(unet["sample_size"])
-        levels = len(vae.get("block_out_channels") or vae["decoder_block_out_channels"])
-        if vae["_class_name"] == "AutoencoderTiny":
-            levels = len(vae["decoder_block_out_channels"])
+        """What drawing a picture needs.
+
+        Raises CheckpointError for an autoencoder alone, and for parts that do not fit together.
+        """
+        if self.kind == "autoencoder":
+            raise CheckpointError(
+                f"checkpoint: {self.root}: expected a model that draws, got an autoencoder alone"
+            )
+        channels, side = self._latent_shape()
         return GenerationSpec(
             name=self.name,
             checkpoint_hash=self.hash,
             licence=self.facts["licence"],
             tokenizer_dir=self.root / "tokenizer",
-            max_tokens=int(self.config("text_encoder")["max_position_embeddings"]),
-            latent_shape=(int(unet["in_channels"]), side, side),
+            max_tokens=self._max_tokens(),
+            latent_shape=(channels, side, side),
             latent_scale=self.latent_scale,
-            picture_size=side * 2 ** (levels - 1),
+            picture_size=self._picture_size(side),
             steps=int(self.facts["steps"]),
             timestep=FIRST_TIMESTEP,
             prompts=tuple(self.facts["prompts"]),
         )
 
+    def _latent_shape(self) -> tuple[int, int]:
+        """Channels and side of the latent, on which UNet and autoencoder must agree."""
+        unet = self.config("unet")
+        channels = self._integer("unet", "in_channels")
+        for part, key in (("unet", "out_channels"), ("vae", "latent_channels")):
+            if self._integer(part, key) != channels:
+                raise CheckpointError(
+                    f"checkpoint: {self.root / part}: {key}: expected the UNet's in_channels {channels}, "
+                    f"got {self._integer(part, key)}"
+                )
+        width, text = unet.get("cross_attention_dim"), self.config("text_encoder").get("hidden_size")
+        if width != text:
+            raise CheckpointError(
+                f"checkpoint: {self.root / 'unet'}: cross_attention_dim: "
+                f"expected the text encoder's hidden_size {text}, got {width}"
+            )
+        return channels, self._integer("unet", "sample_size")
+
+    def _picture_size(self, side: int) -> int:
+        size = side * self.upscale
+        declared = self.facts.get("picture_size", size)
+        if declared != size:
+            raise CheckpointError(
+                f"checkpoint: {self.root / FACTS}: picture_size: "
+                f"expected {size} (latent side {side} × {self.upscale}), got {declared!r}"
+            )
+        return size
+
+    def _max_tokens(self) -> int:
+        """The tokenizer's length, which the text encoder's positions must hold."""
+        where = self.root / "tokenizer" / "tokenizer_config.json"
+        length = read_json(where).get("model_max_length")
+        positions = self._integer("text_encoder", "max_position_embeddings")
+        if type(length) is not int or not 3 <= length <= positions:
+            raise CheckpointError(
+                f"checkpoint: {where}: model_max_length: expected 3 to the text encoder's "
+                f"max_position_embeddings {positions}, got {length!r}"
+            )
+        return length
+
+    def _integer(self, part: str, key: str) -> int:
+        value = self.config(part).get(key)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"checkpoint: {self.root / part / 'config.json'}: {key}: "
+                f"expected a positive integer, got {value!r}"
+            )
+        return value
+
+
+def _check_tokenizer(folder: Path) -> None:
+    read_json(folder / "tokenizer_config.json")
+    pair = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if pair and not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"checkpoint: {folder}: expected vocab.json and merges.txt, found no {pair[0]}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → shard of a sharded part; every shard is a file beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"weights: {index}: expected a weight_map of tensor names to file names")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"weights: {index}: expected names of safetensors files, got {name!r}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"weights: {index}: expected the file {name}, found none")
+    return weight_map
+
 
 def builtin_models() -> list[str]:
     """Names of the checkpoints shipped in the package."""
-    return sorted(p.parent.name for p in MODELS.glob("*/model_index.json"))
+    return sorted(p.parent.name for p in MODELS.glob(f"*/{_INDEX}"))
 
 
 def resolve(model: str) -> tuple[Path, str]:
-    """The folder and display name of a built-in name, a path, or a hub id already in (or fetched to) the cache."""
+    """Folder and display name of a built-in name, a path, or a hub id in (or fetched to) the cache.
+
+    A built-in name comes before a folder of the same name; say ``./name`` for the folder.
+    """
     if model in builtin_models():
         return MODELS / model, model
     path = Path(model)
     if path.is_dir():
-        return path, path.resolve().name
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists():
+        return path, Path(os.path.abspath(path)).name  # noqa: PTH100 - a link keeps the name it is called by
+    if path.exists():
+        what = "a pickle, which is refused" if path.suffix in _PICKLES else "a single file"
+        raise CheckpointError(f"checkpoint: {path}: expected a diffusers folder, got {what}")
+    owner = model.partition("/")[0]
+    if model.count("/") == 1 and owner not in ("", ".", "..", "~") and not Path(owner).is_dir():
         return _from_hub(model), model
-    raise UnknownNameError("model", model, [*builtin_models(), "a checkpoint folder", "a hub id (owner/name)"])
+    raise UnknownNameError(
+        "model", model, [*builtin_models(), "the path of a checkpoint or bundle", "a hub id (owner/name)"]
+    )
 
 
 def _from_hub(model: str) -> Path:
+    """The cached snapshot of a hub id, fetched first where the hub can be reached; only the files we read."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ModuleNotFoundError as error:
-        from edgeflow.errors import BackendMissing
-
-        raise BackendMissing("huggingface_hub", "export") from error
-    patterns = ["*.json", "*.txt", "*.safetensors"]
+        raise UsageError(
+            f"model: {model}: no folder of that name, and the hub cannot be asked without huggingface_hub; "
+            "install it with: pip install 'edgeflow[export]'"
+        ) from error
+    folders = [f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".safetensors")]
+    wanted = [_INDEX, FACTS, "README.md", "scheduler/*.json", *folders]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(
+            snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"model: {model}: no folder of that name, and the hub could not give it: {reason}"
         ) from error
-
-
-def _facts(root: Path, index: dict[str, Any]) -> dict[str, Any]:
-    defaults = {
-        "licence": "unknown",
-        "origin": str(index.get("_name_or_path") or root.name),
-        "prompts": list(_DEFAULT_PROMPTS),
-        "guidance": 0.0,
-        "parts": list(PARTS),
-    }
-    path = root / FACTS
-    if path.is_file():
-        facts = {**defaults, **_read_json(path, "checkpoint")}
-        if facts.get("schema") != SCHEMA:
-            raise CheckpointError(f"checkpoint: {path}: expected schema {SCHEMA}, got {facts.get('schema')!r}")
-        if facts.get("kind") not in KINDS:
-            raise CheckpointError(f"checkpoint: {path}: kind {facts.get('kind')!r} is not known; known: {', '.join(KINDS)}")
-        if facts["kind"] == "autoencoder":
-            facts["parts"] = ["vae"]
-        return facts
-    if index.get("_class_name") in ("RectifiedFlowPipeline", "InstaFlowPipeline"):
-        return {**defaults, "schema": SCHEMA, "kind": "one-step", "steps": 1}
-    return {**defaults, "schema": SCHEMA, "kind": "diffusion", "steps": 25}
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{what}: {path.parent}: expected the file {path.name}, found none") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{what}: {path}: expected JSON, got: {error}") from error
-
-
-def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name → {dtype, shape, data_offsets}, and a check that no byte of the file is missing.
-
-    The format: a little-endian u64 header length, that many bytes of JSON, then the data.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise CheckpointError(f"weights: {path}: the safetensors file is truncated or not one ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"weights: {path}: expected a safetensors header, got: {error}") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    if end != size:
-        raise CheckpointError(f"weights: {path}: the safetensors file is truncated: expected {end} bytes, got {size}")
-    return header
