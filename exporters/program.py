@@ -1,0 +1,33 @@
+"""One ``torch.export`` per component: the program that every exporter lowers."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch.export import ExportedProgram
+
+from edgeflow.components import Component, ComponentSpec
+from edgeflow.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Program:
+    """A component's spec and its graph. Exporters must leave both as they are: all of them share it."""
+
+    spec: ComponentSpec
+    exported: ExportedProgram
+
+
+def build_program(component: Component) -> Program:
+    """Export the component's module once, batch 1, static shapes. Raises ExportError naming the component."""
+    args = tuple(component.example[t.name] for t in component.spec.inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(component.module, args)
+    except Exception as error:  # torch.export raises whatever the traced code raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(f"export: {component.spec.name}: torch.export cannot take it: {reason}") from error
+    return Program(component.spec, exported)
