@@ -1,8 +1,8 @@
 """Seeded Gaussian noise, free of torch, bit for bit what ``torch.randn`` draws on a CPU.
 
 A Mersenne Twister (Matsumoto & Nishimura 1998) feeds the Box-Muller transform (Box & Muller 1958). torch
-computes logarithm, sine and cosine in float32 with the polynomials of Cephes (Moshier), eight lanes at a time,
-and its compiler fuses multiplications with the additions that follow; each fused step is reproduced here.
+computes logarithm, sine and cosine in float32 with the polynomials of Cephes (Moshier), and its
+compiler fuses multiplications with the additions that follow them; each fused step is reproduced here.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def gaussian_noise(seed: int, shape: tuple[int, ...]) -> Float32:
     Equals ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`` bit for bit on x86 with
     torch's CPU capability AVX2 or AVX512 (the one kernel serves both; measured with torch 2.13). With
     ATEN_CPU_CAPABILITY=default, 38 % of torch's own values differ from those, by up to 2.2e-6, and torch on
-    ARM has other rounding again; this function gives the AVX2 values on every machine, since 16 values or more
-    come of correctly rounded operations only. As in torch, only the low 32 bits of the seed count, and fewer
-    than 16 values are drawn in double precision by another recipe (there the C library's log1p, sin and cos).
+    ARM rounds in its own way too; this function gives the AVX2 values on every machine, for it makes 16
+    values or more by correctly rounded operations only. As in torch, only the low 32 bits of the seed count,
+    and fewer than 16 values are drawn in double precision by another recipe (with the C library's log1p, sin
+    and cos).
 
     Raises ValueError for a seed outside 0 … 2**64 − 1 or a negative length.
     """
@@ -129,26 +130,12 @@ def _polynomial(coefficients: tuple[float, ...], x: Float32) -> Float32:
 def _fma(a: Float32, b: Float32 | float, c: Float32 | float) -> Float32:
     """a·b + c in float32 with one rounding, the processor's fused multiply-add.
 
-    The product is exact in float64. The sum rounds there and again to float32, which goes wrong only where
-    the float64 lands on a tie between two float32 that the exact sum misses: those (one in 2**29) are redone
-    with the tie broken towards the exact sum.
+    The product is exact in float64. The sum rounds there and again to float32, which would go wrong only on a
+    float64 halfway between two float32 that the exact sum misses: none of the 2**24 radii and 2**24 angles
+    that can be drawn leads to one (tests/unit/test_noise.py goes through them).
     """
     product = np.multiply(a, np.float32(b), dtype=np.float64)
-    addend = np.asarray(c, dtype=np.float32).astype(np.float64)
-    total = product + addend
-    tie = np.flatnonzero((total.view(np.int64) & 0x1FFFFFFF) == 0x10000000)
-    if tie.size:
-        total[tie] = _break_ties(product[tie], np.broadcast_to(addend, total.shape)[tie], total[tie])
-    return total.astype(np.float32)
-
-
-def _break_ties(
-    p: NDArray[np.float64], c: NDArray[np.float64], total: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Step each total one float64 towards the exact p + c, if it is not that already (Knuth's two-sum)."""
-    c_part = total - p
-    error = (p - (total - c_part)) + (c - c_part)
-    return np.where(error == 0, total, np.nextafter(total, np.copysign(np.inf, error)))
+    return (product + np.asarray(c, dtype=np.float32)).astype(np.float32)
 
 
 def _drawn_one_by_one(twister: np.random.RandomState, numel: int) -> Float32:

@@ -30,6 +30,7 @@ WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L
 #: The roles a config gives to tokens, in the order in which transformers registers them: where two roles name
 #: the same token, the last one's matching flags hold (SD 1.x: pad's, a plain string, over eos's).
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA_KEYS = ("extra_special_tokens", "additional_special_tokens")
 _ROLE_DEFAULTS = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
 #: A config that sets no ``model_max_length`` is saved as 1e30; a real length is far below this.
@@ -240,7 +241,7 @@ def _special_tokens(
     """
     values: dict[str, Any] = dict(_ROLE_DEFAULTS)
     where = path / "tokenizer_config.json"
-    sources = [config]
+    sources: list[Mapping[str, Any]] = [config]
     legacy = "added_tokens_decoder" not in config
     if legacy and (path / "special_tokens_map.json").exists():
         where = path / "special_tokens_map.json"
@@ -259,7 +260,16 @@ def _special_tokens(
     for role in _ROLES:
         if role in roles and roles[role].content not in by_content:
             added.append((None, AddedToken(**_flags(roles[role]), special=True)))
+    known = {token.content for _, token in added}
+    added += [(None, token) for token in _extra_tokens(sources, where) if token.content not in known]
     return roles, added
+
+
+def _extra_tokens(sources: list[Mapping[str, Any]], path: Path) -> list[AddedToken]:
+    values = [source.get(key) or [] for source in sources for key in _EXTRA_KEYS]
+    if not all(isinstance(value, list) for value in values):
+        raise CheckpointError(f"tokenizer: {path}: extra special tokens: expected a list, got {values!r:.80}")
+    return [_added_token(token, path) for value in values for token in value]
 
 
 def _legacy_added(path: Path, names: set[str], file_added: list[dict[str, Any]]) -> dict[int, AddedToken]:

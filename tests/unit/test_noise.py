@@ -10,7 +10,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from edgeflow.noise import _fma, gaussian_noise
+from edgeflow import noise
+from edgeflow.noise import gaussian_noise
 
 SEEDS = [0, 1, 42, 1234567, 2**31, 2**32 - 1, 2**32, 2**32 + 42, 2**63 - 1, 2**64 - 1]
 SHAPES = [(0,), (), (1,), (3,), (2, 7), (15,), (16,), (17,), (31,), (32,), (3, 5, 7)]
@@ -48,8 +49,8 @@ def test_equals_torch_over_a_million_values() -> None:
     ],
 )
 def test_digest_of_torch_2_13_noise(seed: int, shape: tuple[int, ...], digest: str) -> None:
-    noise = gaussian_noise(seed, shape).astype("<f4")
-    assert hashlib.sha256(noise.tobytes()).hexdigest()[:12] == digest
+    drawn = gaussian_noise(seed, shape).astype("<f4")
+    assert hashlib.sha256(drawn.tobytes()).hexdigest()[:12] == digest
 
 
 def test_only_the_low_32_bits_of_the_seed_count() -> None:
@@ -75,26 +76,46 @@ def correctly_rounded(value: Fraction) -> np.float32:
 def test_fma_rounds_once() -> None:
     rng = np.random.default_rng(3)
     a, b, c = (rng.standard_normal(2000).astype(np.float32) for _ in range(3))
-    # Made ties: a·b is half a unit of c's last place, and a hair off it in the product's own last bits.
-    hair = np.float32(1 + 2**-23)
-    a = np.concatenate(
-        [a, np.float32([2**-24, 2**-24, -(2**-24), 2**-24]), np.full(4, hair * np.float32(2**-24))]
-    )
-    b = np.concatenate([b, np.float32([1, hair, hair, -hair]), np.float32([1, -1, hair, -hair])])
-    c = np.concatenate([c, np.float32([1, 1, 1.5, hair]), np.float32([1, 1.5, hair, 3])])
-    exact = [
-        Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)
-    ]
-    assert same_bits(_fma(a, b, c), np.array([correctly_rounded(value) for value in exact], dtype=np.float32))
+    triples = zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
+    exact = [Fraction(x) * Fraction(y) + Fraction(z) for x, y, z in triples]
+    fused = np.array([correctly_rounded(value) for value in exact], dtype=np.float32)
+    assert not same_bits(a * b + c, fused)  # two roundings do differ here
+    assert same_bits(noise._fma(a, b, c), fused)
 
 
-def test_fma_mends_a_double_rounding() -> None:
-    # (1 + 2**-23)·(1 − 2**-23)·2**-24 is 2**-70 short of half the last place of c. In float64 the sum is a
-    # tie, which goes up to the even neighbour; the exact sum lies under it.
+def _double_roundings(a: np.ndarray, b: np.ndarray | float, c: np.ndarray | float) -> int:
+    """How many of these sums float64 leaves halfway between two float32 without being exactly there."""
+    product = np.multiply(a, np.float32(b), dtype=np.float64)
+    addend = np.broadcast_to(np.asarray(c, dtype=np.float32), product.shape).astype(np.float64)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)  # exact: Knuth's two-sum
+    return int(np.count_nonzero((total.view(np.int64) & 0x1FFFFFFF == 0x10000000) & (error != 0)))
+
+
+def test_the_check_sees_a_double_rounding() -> None:
+    # (1 + 2**-23)·(1 − 2**-23)·2**-24 is 2**-70 short of half the last place of c.
     a, b, c = np.float32([1 + 2**-23]), np.float32([(1 - 2**-23) * 2**-24]), np.float32([1 + 2**-23])
-    assert np.float32(np.float64(a[0]) * np.float64(b[0]) + np.float64(c[0])) == np.float32(1 + 2**-22)
-    assert _fma(a, b, c)[0] == c[0]
-    assert _fma(a, -b, -c)[0] == -c[0]
+    assert _double_roundings(a, b, c) == 1
+
+
+@pytest.mark.parametrize("stride", [61, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_draw_leads_to_a_double_rounding(monkeypatch: pytest.MonkeyPatch, stride: int) -> None:
+    """The premise of ``_fma``, over each uniform value that can be drawn (all 2**24 with -m slow)."""
+    calls, wrong = 0, 0
+    plain = noise._fma
+
+    def counting(a: np.ndarray, b: np.ndarray | float, c: np.ndarray | float) -> np.ndarray:
+        nonlocal calls, wrong
+        calls, wrong = calls + 1, wrong + _double_roundings(a, b, c)
+        return plain(a, b, c)
+
+    monkeypatch.setattr(noise, "_fma", counting)
+    for start in range(0, 1 << 24, 1 << 22):
+        uniform = np.arange(start, start + (1 << 22), stride).astype(np.float32) * np.float32(2**-24)
+        noise._log(np.float32(1) - uniform)
+        noise._sincos(noise._TWO_PI * uniform)
+    assert calls == 4 * 19 and wrong == 0
 
 
 def test_imports_no_torch() -> None:

@@ -138,6 +138,11 @@ def with_an_added_token(path: Path) -> None:
     (path / "added_tokens.json").write_text(json.dumps({"<my cat>": 600}))
 
 
+def with_an_extra_special_token(path: Path) -> None:
+    like_stable_diffusion_1(path)
+    edit(path / "tokenizer_config.json", additional_special_tokens=["<my cat>"])
+
+
 def padded_on_the_left(path: Path) -> None:
     edit(path / "tokenizer_config.json", padding_side="left", truncation_side="left")
 
@@ -151,6 +156,7 @@ LAYOUTS = [
     without_special_tokens_map,
     saved_by_transformers_4,
     with_an_added_token,
+    with_an_extra_special_token,
     padded_on_the_left,
 ]
 
@@ -218,6 +224,7 @@ def test_lone_surrogate_is_a_usage_error(folder: Path) -> None:
         ("tokenizer_config.json", b"{}", "model_max_length"),
         ("tokenizer_config.json", b'{"model_max_length": 24, "padding_side": "up"}', "padding_side"),
         ("special_tokens_map.json", b'{"pad_token": 3}', "expected a token"),
+        ("special_tokens_map.json", b'{"extra_special_tokens": "a"}', "expected a list"),
     ],
 )
 def test_missing_or_malformed_file_is_named(
