@@ -249,16 +249,16 @@ class Checkpoint:
         return size
 
     def _max_tokens(self) -> int:
-        """The tokenizer's length, which the text encoder's positions must hold."""
+        """The length the tokenizer pads to, which is the number of positions the text encoder knows."""
         where = self.root / "tokenizer" / "tokenizer_config.json"
         length = read_json(where).get("model_max_length")
         positions = self._integer("text_encoder", "max_position_embeddings")
-        if type(length) is not int or not 3 <= length <= positions:
+        if length != positions:
             raise CheckpointError(
-                f"checkpoint: {where}: model_max_length: expected 3 to the text encoder's "
+                f"checkpoint: {where}: model_max_length: expected the text encoder's "
                 f"max_position_embeddings {positions}, got {length!r}"
             )
-        return length
+        return positions
 
     def _integer(self, part: str, key: str) -> int:
         value = self.config(part).get(key)
