@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import tempfile
@@ -24,6 +25,7 @@ _MIN_CELL = 128  # pixels; smaller pictures are enlarged by a whole factor so th
 _GAP = 12
 _FONT_SIZE = 12
 _MAX_LINES = 3
+_MAX_COLUMNS = 8
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -39,7 +41,7 @@ def read_facts(path: Path) -> dict[str, str]:
     """The text chunks of a PNG that ``save_png`` wrote."""
     with Image.open(path) as image:
         image.load()
-        return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
 @contextlib.contextmanager
@@ -107,14 +109,14 @@ def contact_sheet(pictures: Sequence[Pixels], captions: Sequence[str], columns: 
 
 def best_columns(count: int) -> int:
     """How many pictures a row: few holes in the last row, near a square, never more than 8 wide."""
-    root = count**0.5
-    choices = range(-(-count // max(1, int(root))) if count < 4 else int(np.ceil(root)), int(2 * root) + 1)
-    return min((c for c in choices if c <= 8), key=lambda c: (-count % c, c), default=min(count, 8))
+    smallest = math.ceil(math.sqrt(count))
+    choices = range(smallest, min(_MAX_COLUMNS, 2 * smallest) + 1)
+    return min(choices, key=lambda columns: (-count % columns, columns), default=_MAX_COLUMNS)
 
 
 def wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """A caption in lines that fit ``width`` pixels, at most three, the last cut with an ellipsis."""
-    text = " ".join(caption.split())
+    text = " ".join(_drawable(caption).split())
     if not text:
         return ["(empty prompt)"]
     for characters in range(min(len(text), width), 0, -1):
@@ -127,3 +129,15 @@ def wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     while last and font.getlength(last + "…") > width:
         last = last[:-1]
     return [*lines[: _MAX_LINES - 1], last.rstrip(" ,") + "…"]
+
+
+def _drawable(caption: str) -> str:
+    """The built-in font knows ASCII: letters lose their accents, what has no ASCII form stays (a box)."""
+
+    def plain(character: str) -> str:
+        base = unicodedata.normalize("NFKD", character)
+        return base.encode("ascii", "ignore").decode() or (
+            "" if unicodedata.combining(character) else character
+        )
+
+    return "".join(map(plain, caption))

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _LOG = logging.getLogger("edgeflow")
 
@@ -42,12 +43,19 @@ def seed_option(function: F) -> F:
     """``--seed N`` → ``seed: int``, 0 if not given."""
     return click.option(
         "--seed",
-        type=click.IntRange(0, 2**64 - 1),
+        type=int,  # not IntRange, which would print twenty digits into the help
+        callback=_checked_seed,
         default=0,
         show_default=True,
         metavar="N",
         help="Seed of all randomness; the same seed gives the same result.",
     )(function)
+
+
+def _checked_seed(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    if not 0 <= value < 2**64:
+        raise click.BadParameter(f"expected 0 to 2**64 - 1, got {value}", ctx, param)
+    return value
 
 
 def json_option(function: F) -> F:
@@ -102,6 +110,17 @@ def quiet() -> bool:
 def show_progress() -> bool:
     """Whether a progress bar belongs on stderr: it is a terminal, and -q was not given."""
     return sys.stderr.isatty() and not quiet()
+
+
+def progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """The items, with a progress bar on stderr while they are worked off, where one belongs."""
+    if not show_progress() or len(items) < 2:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=label, console=Console(stderr=True), transient=True)
 
 
 class _Stderr(logging.Handler):
