@@ -72,7 +72,7 @@ ELEMENT_TYPES = {
 
 @dataclass(frozen=True)
 class TensorType:
-    """A named tensor of a program. ``element`` is MIL's name of the type; None in ``shape`` is a dynamic size."""
+    """A named tensor: ``element`` is MIL's name of its type, None in ``shape`` a size known only when run."""
 
     name: str
     element: str
@@ -227,6 +227,10 @@ class _Parser:
             known = ", ".join(sorted(proto.functions)) or "none"
             raise RuntimeFailure(f"coreml: {self._model}: expected a function main; known: {known}")
         function = proto.functions["main"]
+        if function.opset not in function.block_specializations:
+            raise RuntimeFailure(
+                f"coreml: {self._model}: expected a block for {function.opset!r}, found none"
+            )
         block = function.block_specializations[function.opset]
         return Program(
             inputs=tuple(self._tensor(i) for i in function.inputs),
@@ -279,7 +283,8 @@ class _Parser:
     def _known(self, element: str) -> str:
         if element not in ELEMENT_TYPES:
             raise RuntimeFailure(
-                f"coreml: {self._model}: element type {element} is not known; known: {', '.join(ELEMENT_TYPES)}"
+                f"coreml: {self._model}: element type {element} is not known; "
+                f"known: {', '.join(ELEMENT_TYPES)}"
             )
         return element
 
