@@ -117,8 +117,7 @@ def best_columns(count: int) -> int:
 def wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """A caption in lines that fit ``width`` pixels, at most three, the last cut with an ellipsis."""
     text = " ".join(_drawable(caption).split())
-    if not text:
-        return ["(empty prompt)"]
+    lines: list[str] = []
     for characters in range(min(len(text), width), 0, -1):
         lines = textwrap.wrap(text, characters)
         if all(font.getlength(line) <= width for line in lines):

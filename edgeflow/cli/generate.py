@@ -134,7 +134,7 @@ def _draw(generator: Generator, jobs: list[Job]) -> list[Picture]:
     for prompt, seed in options.progress(jobs, "drawing"):
         pictures.append(generator.draw(prompt, seed))
         dropped = pictures[-1].dropped_tokens
-        if dropped:
+        if dropped and prompt not in {p.prompt for p in pictures[:-1]}:
             log.warning(
                 "prompt %r is too long: its last %d tokens were cut, the model reads %d",
                 prompt if len(prompt) <= 60 else prompt[:59] + "…",
@@ -155,7 +155,9 @@ def _write_single(
         if len(pictures) == 1:
             save_png(stage, pictures[0].pixels, pictures[0].facts)
         else:
-            captions = [p.prompt if count == 1 else f"{p.prompt} · {p.seed}" for p in pictures]
+            captions = [
+                ("" if count == 1 else f"seed {p.seed}: ") + (p.prompt or "(empty prompt)") for p in pictures
+            ]
             columns = count if 1 < count <= 8 and len(jobs) > count else None
             sheet = contact_sheet([p.pixels for p in pictures], captions, columns)
             lists: dict[str, list[Any]] = {

@@ -25,6 +25,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 _LOG = logging.getLogger("edgeflow")
+#: Loggers of libraries that remark on themselves while they are imported, on any use: torchao on kernels that
+#: we never call, diffusers on torchao. -v lets them speak.
+_CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 def out_option(help: str, *, required: bool = True) -> Callable[[F], F]:
@@ -133,11 +136,13 @@ class _Stderr(logging.Handler):
 
 def _set_level(level: int) -> None:
     _LOG.setLevel(level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.NOTSET if level == logging.DEBUG else logging.ERROR)
 
 
 def reset_verbosity() -> None:
     """The default loudness; the handler is added once."""
-    _LOG.setLevel(logging.INFO)
+    _set_level(logging.INFO)
     if not any(isinstance(h, _Stderr) for h in _LOG.handlers):
         _LOG.addHandler(_Stderr())
         _LOG.propagate = False
