@@ -7,7 +7,7 @@ from typing import Any
 
 
 def data_card(summary: Mapping[str, Any]) -> str:
-    """``README.md`` for a folder of shards: a YAML header as dataset hubs read it, then tables for a reader."""
+    """``README.md`` for a folder of shards: a YAML header as dataset hubs read it, then tables."""
     sources: Sequence[Mapping[str, Any]] = summary["sources"]
     train, test = summary["num_images"]["train"], summary["num_images"]["test"]
     return "\n".join(
@@ -16,7 +16,8 @@ def data_card(summary: Mapping[str, Any]) -> str:
             "# Emoji: captioned pictures",
             "",
             f"{train + test} pictures of {summary['num_concepts']} concepts, {summary['size']} × "
-            f"{summary['size']} pixels on white, rendered from open emoji artwork. {train} train, {test} test.",
+            f"{summary['size']} pixels on white, rendered from open emoji artwork: {train} train, {test} "
+            "test.",
             "",
             "A caption is the emoji's name in words and the style it is drawn in: "
             "“grinning face with big eyes, noto style”.",
@@ -27,16 +28,16 @@ def data_card(summary: Mapping[str, Any]) -> str:
             "",
             "## Layout",
             "",
-            "webdataset shards `train-*.tar` and `test-*.tar`; a sample is `KEY.webp` (lossless), `KEY.txt` (the "
-            "caption) and `KEY.json` (caption, concept, style, source, licence). `dataset.json` holds the counts "
-            "and the shards' SHA-256.",
+            "webdataset shards `train-*.tar` and `test-*.tar`; a sample is `KEY.webp` (lossless), `KEY.txt` "
+            "(the caption) and `KEY.json` (caption, concept, style, source, licence). `dataset.json` holds "
+            "the counts and the shards' SHA-256.",
             "",
             "## Sources, licences, attribution",
             "",
             _sources_table(sources),
             "",
-            "The pictures were rasterised and otherwise not changed. Whoever passes on pictures of a CC-BY-4.0 "
-            "source names its author and links the licence: https://creativecommons.org/licenses/by/4.0/.",
+            "The pictures were rasterised and otherwise not changed. Whoever passes on pictures of a "
+            "CC-BY-4.0 source names its author and links the licence: https://creativecommons.org/licenses/by/4.0/.",
             "",
             "The packages, as fetched with the npm client:",
             "",

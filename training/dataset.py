@@ -3,9 +3,10 @@
 A sample of a shard is ``KEY.webp`` (or png, jpg, jpeg), ``KEY.txt`` with the caption, and ``KEY.json`` with
 ``caption, concept, style, source, licence``; either text part may be missing. A folder of shards named
 ``train-*.tar`` and ``test-*.tar`` has these splits; shards named otherwise are all train. An imagefolder has
-``metadata.jsonl`` with ``file_name`` and ``text`` or ``caption``, at its root or in ``train/`` and ``test/``.
+``metadata.jsonl`` with ``file_name`` and ``text`` or ``caption``, at its root or in ``train/`` and
+``test/``.
 
-What cannot be used is a :class:`Problem` with a key and a reason: counted and named, never fatal, never silent.
+What cannot be used is a :class:`Problem` with a key and a reason: counted and named, not fatal, not silent.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A split in memory. ``images`` is uint8 (N, 3, size, size), RGB; the lists have N items in the same order."""
+    """A split in memory. ``images`` is uint8 (N, 3, size, size), RGB; the lists have N items in its order."""
 
     images: NDArray[np.uint8]
     captions: list[str]
@@ -174,7 +175,7 @@ def write_shards(
 ) -> list[dict[str, Any]]:
     """Write ``SPLIT-000000.tar`` … under ``folder``; equal samples give equal bytes.
 
-    A sample is its key (no dot, no slash), the encoded picture and what goes in its JSON, ``caption`` among it.
+    A sample is its key (no dot, no slash), the encoded picture, and what goes in its JSON (with ``caption``).
     Returns each shard's ``file, split, samples, bytes, sha256``.
     """
     import webdataset
@@ -282,7 +283,9 @@ def _raw_sample(where: str, key: str, parts: Mapping[str, bytes]) -> _Raw:
     known: Mapping[str, Any] = {}
     try:
         known = json.loads(parts["json"]) if "json" in parts else {}
-        caption = parts["txt"].decode() if "txt" in parts else str(known.get("caption") or known.get("text") or "")
+        caption = (
+            parts["txt"].decode() if "txt" in parts else str(known.get("caption") or known.get("text") or "")
+        )
     except (ValueError, AttributeError) as error:
         return key, Problem(where, f"broken caption: {_one_line(error)}"), "", {}
     return key, parts[suffix], caption, known
@@ -304,7 +307,9 @@ def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
 
 
 def _mentions_test(metadata: Path) -> bool:
-    return any(row is not None and _split_of(str(row.get("file_name", ""))) == "test" for _, row in _rows(metadata))
+    return any(
+        row is not None and _split_of(str(row.get("file_name", ""))) == "test" for _, row in _rows(metadata)
+    )
 
 
 def _read_imagefolder(
@@ -327,7 +332,11 @@ def _read_imagefolder(
         others = (f for f in sorted(folder.rglob("*")) if f.suffix.lower().lstrip(".") in PICTURE_SUFFIXES)
         for file in others:
             own = folder != root or not (root / _split_of(str(file.relative_to(root))) / METADATA).is_file()
-            if file not in named and own and (folder != root or _split_of(str(file.relative_to(root))) == split):
+            if (
+                file not in named
+                and own
+                and (folder != root or _split_of(str(file.relative_to(root))) == split)
+            ):
                 on_problem(Problem(str(file.relative_to(root)), f"no line in {METADATA}"))
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import multiprocessing
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-
-from edgeflow.errors import BackendMissing, DataError, OutputExistsError
 from edgeflow.training import emoji_curation as curation
 from edgeflow.training.data_card import data_card
-from edgeflow.training.dataset import write_shards
+from edgeflow.training.dataset import SPLITS, write_shards
 from edgeflow.training.emoji_sources import SOURCES, IconSet, Source, fetch
+from PIL import Image
+
+from edgeflow.errors import BackendMissing, DataError, UsageError
+from edgeflow.staging import staged_folder
 
 SCHEMA = 1
+SIZES = (8, 1024)  # pixels, square
 RENDER_PROCESSES = 2
 #: A picture whose pixels are all but this share nearly white shows nothing (a white square on white).
 MIN_INK = 0.01
@@ -65,35 +65,39 @@ def build_emoji(
     """Write the emoji dataset to the folder ``out``: shards, ``README.md`` and ``dataset.json``.
 
     ``size`` is the pictures' side in pixels; ``limit`` keeps the first so many concepts by hash (for a quick
-    try). Equal sources give equal bytes. Raises OutputExistsError, DataError, or BackendMissing (resvg).
+    try). Equal sources give equal bytes. Raises OutputExistsError, DataError, or BackendMissing (resvg,
+    webdataset).
     """
-    if out.exists() and not force:
-        raise OutputExistsError(out)
-    if not 8 <= size <= 1024:
-        raise DataError(f"emoji data: size: expected 8 to 1024 pixels, got {size}")
-    icon_sets = []
-    for number, source in enumerate(sources):
-        progress(f"fetching {source.package}", number, len(sources))
-        icon_sets.append(fetch_source(source))
-    entries, dropped = curation.curate(icon_sets)
-    if limit is not None:
-        entries = _first_concepts(entries, limit)
-    drawn = _distinct(entries, render(entries, size, processes, progress), dropped)
-    if not drawn:
-        raise DataError("emoji data: expected pictures, got none worth drawing from these sources")
-    problems = [problem for icon_set in icon_sets for problem in icon_set.problems]
-    progress("writing", 0, 0)
-    return _write(out, drawn, sources, dropped, problems, size)
+    low, high = SIZES
+    if not low <= size <= high:
+        raise UsageError(f"emoji data: size: expected {low} to {high} pixels, got {size}")
+    _require_packages()
+    # Staged first: an output that is there or can't be written is said before minutes of work.
+    with staged_folder(out, force=force) as folder:
+        icon_sets = []
+        for number, source in enumerate(sources):
+            progress("fetching", number, len(sources))
+            icon_sets.append(fetch_source(source))
+        entries, dropped = curation.curate(icon_sets)
+        if limit is not None:
+            entries = _first_concepts(entries, limit)
+        drawn = _distinct(entries, render(entries, size, processes, progress), dropped)
+        if not drawn:
+            raise DataError("emoji data: expected pictures, got none worth drawing from these sources")
+        problems = [problem for icon_set in icon_sets for problem in icon_set.problems]
+        return EmojiSet(out, _write(folder, drawn, sources, dropped, problems, size))
+
+
+def _require_packages() -> None:
+    for package in ("resvg_py", "webdataset"):
+        if importlib.util.find_spec(package) is None:
+            raise BackendMissing(package, "train")
 
 
 def render(
     entries: Sequence[curation.Entry], size: int, processes: int, progress: Progress
 ) -> Iterator[Drawing | None]:
-    """Render on white, in order; None for what resvg refuses. Raises BackendMissing without resvg."""
-    try:
-        import resvg_py  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise BackendMissing("resvg_py", "train") from error
+    """Render on white, in order, at ``size`` × ``size`` pixels; None for what resvg refuses."""
     work = [(entry.icon.svg(size), size) for entry in entries]
     # spawn: a forked child of a process that already runs torch's threads may hang.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -117,7 +121,7 @@ def _render_one(work: tuple[str, int]) -> Drawing | None:
     pixels = np.asarray(picture)
     buffer = io.BytesIO()
     # Flat artwork: lossless costs a tenth more than quality 90 and keeps the pixels exact.
-    picture.save(buffer, "WEBP", lossless=True, quality=100, method=4)
+    picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)
     ink = float((pixels.min(axis=2) < _NEARLY_WHITE).mean())
     return Drawing(buffer.getvalue(), hashlib.sha256(pixels.tobytes()).hexdigest(), ink)
 
@@ -151,40 +155,31 @@ def _distinct(
 
 
 def _write(
-    out: Path,
+    folder: Path,
     drawn: Sequence[tuple[curation.Entry, Drawing]],
     sources: Sequence[Source],
     dropped: dict[str, Counter[str]],
     problems: list[str],
     size: int,
-) -> EmojiSet:
+) -> dict[str, Any]:
+    """Write shards, data card and ``dataset.json``; returns the latter's content."""
     splits = curation.assign_splits((entry.concept, entry.source.style) for entry, _ in drawn)
     # Stored in the order of a hash, so that a stream of shards is already mixed.
     drawn = sorted(drawn, key=lambda item: hashlib.sha256(item[0].key.encode()).hexdigest())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        shards: list[dict[str, Any]] = []
-        for split in ("train", "test"):
-            part = [
-                (entry.key, drawing.webp, _known(entry))
-                for entry, drawing in drawn
-                if splits[entry.concept, entry.source.style] == split
-            ]
-            shards += write_shards(beside, split, part, "webp")
-        kept = [(entry, splits[entry.concept, entry.source.style]) for entry, _ in drawn]
-        summary = _summary(kept, sources, dropped, problems, shards, size)
-        text = json.dumps(summary, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-        (beside / "dataset.json").write_text(text, encoding="utf-8")
-        (beside / "README.md").write_text(data_card(summary), encoding="utf-8")
-        beside.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-        os.replace(beside, out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    return EmojiSet(out, summary)
+    kept = [(entry, splits[entry.concept, entry.source.style]) for entry, _ in drawn]
+    shards: list[dict[str, Any]] = []
+    for split in SPLITS:
+        part = (
+            (entry.key, drawing.webp, _known(entry))
+            for entry, drawing in drawn
+            if splits[entry.concept, entry.source.style] == split
+        )
+        shards += write_shards(folder, split, part, "webp")
+    summary = _summary(kept, sources, dropped, problems, shards, size)
+    text = json.dumps(summary, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(data_card(summary), encoding="utf-8")
+    return summary
 
 
 def _known(entry: curation.Entry) -> dict[str, str]:
@@ -210,9 +205,7 @@ def _summary(
         "schema": SCHEMA,
         "name": "emoji",
         "size": size,
-        "num_images": {
-            split: sum(n for (_, s), n in counts.items() if s == split) for split in ("train", "test")
-        },
+        "num_images": {split: sum(n for (_, s), n in counts.items() if s == split) for split in SPLITS},
         "num_concepts": len({entry.concept for entry, _ in kept}),
         "bytes": sum(shard["bytes"] for shard in shards),
         "sources": [

@@ -55,8 +55,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _family(
         "keycap, digit or letter",
-        r"\bkeycap\b|^digit\b|^\d+$|^ten$|\bletters?\b|\bregional indicator|\blatin\b|^(asterisk|pound symbol)$"
-        r"|^(a|b|o|p|ab|m|negative squared .*|circled m)( button)?( blood type)?$|\bfont size$",
+        r"\bkeycap\b|^digit\b|^\d+$|^ten$|\bletters?\b|\bregional indicator|\blatin\b"
+        r"|^(asterisk|pound symbol)$|^(a|b|o|p|ab|m|circled m)( button)?( blood type)?$"
+        r"|^negative squared\b.*\bcapti?al\b|\bfont size$",
         "keycap 1",
         "a button blood type",
     ),
@@ -64,7 +65,7 @@ FAMILIES: tuple[Family, ...] = (
     _family(
         "button or arrow with a word on it",
         r"^(cl|cool|free|id|new|ng|ok|sos|up|up exclamation|vs) button$|^squared (cool|free|new|ok|sos)$"
-        r"|^input\b|^(back|end|on|on exclamation|soon|top) arrow$|(back|end|on|soon|top) with \w+ arrow"
+        r"|^input\b|^(back|end|on|on exclamation|soon|top) arrow$|^on arrow\b"
         r"|^(copyright|registered|trade mark|information|atm sign|water closet|e mail)$",
         "sos button",
         "ok button",
@@ -75,6 +76,11 @@ FAMILIES: tuple[Family, ...] = (
         r"|ophiuchus)$",
         "leo",
         "pisces",
+    ),
+    _family(
+        "bare direction or window sign",
+        r"^(up|down|left|right|index|hands?|overlap|minimize|maximize|outbox|pages?)$|^three rays\b"
+        r"|^sideways\b|^(upper|lower) (left|right) \w+ circle$",
     ),
     _family(
         "family by members",

@@ -169,7 +169,9 @@ def fetch(source: Source) -> IconSet:
         spec = f"{source.package}@{source.version}"
         command = [npm, "pack", spec, "--silent", "--pack-destination", folder]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S, cwd=folder)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S, cwd=folder
+            )
         except subprocess.TimeoutExpired as error:
             raise DataError(f"emoji data: {spec}: npm gave no answer in {FETCH_TIMEOUT_S} s") from error
         archives = sorted(Path(folder).glob("*.tgz"))
@@ -203,7 +205,8 @@ def read_package(archive: Path, source: Source) -> IconSet:
     version = members.get("package", {}).get("version")
     if "icons" not in members or version != source.version:
         raise DataError(
-            f"emoji data: {source.package}: expected icons.json at version {source.version}, got version {version}"
+            f"emoji data: {source.package}: expected icons.json at version {source.version}, "
+            f"got version {version}"
         )
     return read_icons(source, members["icons"], members.get("chars", {}))
 

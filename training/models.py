@@ -163,3 +163,9 @@ def _write_index(folder: Path, class_name: str, index: dict[str, Any], facts: di
         (folder / FACTS, {"schema": SCHEMA, **facts}),
     ):
         path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_autoencoder(model: str | Path) -> AutoencoderTiny:
+    """The autoencoder of a checkpoint of any kind, in eval mode."""
+    vae = AutoencoderTiny.from_pretrained(Checkpoint.open(model).root / "vae")
+    return vae.eval().requires_grad_(False)

@@ -1,0 +1,60 @@
+"""``edgeflow train STAGE``: one stage of the pipeline, from files to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeflow.cli.options import example, force_option, json_option, out_option, print_json, verbosity
+from edgeflow.errors import BackendMissing
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command(
+    short_help="Train one stage.",
+    epilog=example("edgeflow train teacher --preset emoji --data data --from runs/autoencoder -o runs/teacher"),
+)
+@click.argument("stage", metavar="STAGE")
+@click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
+@click.option("--data", type=_FOLDER, metavar="DIR", help="Captioned pictures (autoencoder, teacher, pairs).")
+@click.option("--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from.")
+@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill).")
+@out_option("Run folder to write.")
+@click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. loop.batch_size=64.")
+@click.option("--steps", type=click.IntRange(1), metavar="N", help="Steps in all (pairs: number of pairs).")
+@click.option("--minutes", type=click.FloatRange(0), metavar="M", help="Stop after M minutes of this call.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Seed of all randomness [preset: 0].")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--resume", is_flag=True, help="Continue the run in the output folder.")
+@force_option
+@json_option
+@verbosity
+def command(as_json: bool, **options: Any) -> None:
+    """Train one stage of the one-step model: STAGE is autoencoder, teacher, pairs, reflow or distill.
+
+    \b
+    autoencoder  --data                    pictures to small latents and back
+    teacher      --data --from AUTOENCODER a small Stable Diffusion
+    pairs        --data --from TEACHER     noise, caption and the teacher's picture
+    reflow       --pairs --from TEACHER    a flow with straight paths
+    distill      --pairs --from REFLOW     the whole path in one step
+
+    Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
+    and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
+    """
+    try:
+        from edgeflow.training.run import Request, run_stage
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("edgeflow"):
+            raise
+        raise BackendMissing(error.name or "torch", "train") from error
+    flags = {name: options.pop(name) for name in ("steps", "minutes", "seed")}
+    out = run_stage(Request(flags=flags, **options))
+    if as_json:
+        print_json({"stage": options["stage"], "run": str(out)})
+    else:
+        click.echo(str(out))

@@ -1,0 +1,67 @@
+"""Captioned pictures on the training device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from rich.console import Console
+from torch import Tensor
+
+from edgeflow.tokenizer import ClipTokenizer
+from edgeflow.training.dataset import open_dataset
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A split in memory: ``images`` uint8 (N, 3, S, S), on ``device``."""
+
+    images: Tensor
+    captions: list[str]
+
+    @classmethod
+    def load(cls, data: Path, split: str, size: int, device: torch.device) -> Corpus:
+        """Load a split; unusable pictures are counted and named on stderr. Raises DataError."""
+        loaded = open_dataset(data).load(split, size)
+        if loaded.problems:
+            console = Console(stderr=True)
+            console.print(f"{len(loaded.problems)} pictures of {data} ({split}) cannot be used:")
+            for problem in loaded.problems:
+                console.print(f"  {problem}")
+        return cls(torch.from_numpy(loaded.images).to(device), loaded.captions)
+
+    def pictures(self, index: Tensor) -> Tensor:
+        """Float pictures in [-1, 1] of shape (len(index), 3, S, S)."""
+        return self.images[index].float() / 127.5 - 1.0
+
+
+def random_index(count: int, size: int, device: torch.device) -> Tensor:
+    """``size`` indices below ``count``, with replacement, from the default generator (int64)."""
+    return torch.randint(count, (size,), device=device)
+
+
+def encode_captions(captions: Iterable[str], tokenizer_dir: Path, device: torch.device) -> Tensor:
+    """Token ids (N, L) int64, padded and cut at the tokenizer's own length."""
+    tokenizer = ClipTokenizer.from_folder(tokenizer_dir)
+    return torch.from_numpy(np.concatenate([tokenizer.encode(c) for c in captions])).to(device)
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderTiny, corpus: Corpus, batch_size: int = 256) -> Tensor:
+    """UNet-scale latents (N, C, h, w) float32 of every picture: encoder output × scaling factor."""
+    batches = torch.arange(len(corpus.images), device=corpus.images.device).split(batch_size)
+    latents = [vae.encode(corpus.pictures(index)).latents for index in batches]
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+def write_captions(path: Path, captions: list[str]) -> None:
+    path.write_text(json.dumps(captions, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def read_captions(path: Path) -> list[str]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,89 @@
+"""Distillation: the flow's whole path in one step, at τ = 0 only.
+
+min_v E D(ODE[v_k](x₀ | text), x₀ + v(x₀, 1000 | text)) (InstaFlow, arXiv 2309.06380, section 2). The target
+is integrated online from fresh noise by the frozen flow, or taken from the pairs; D is a pseudo-Huber norm
+on latents plus, when weighted, the perceptual distance of the decoded pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgeflow.spec import FIRST_TIMESTEP
+from edgeflow.training import flow
+from edgeflow.training.config import LoopConfig
+from edgeflow.training.corpus import random_index
+from edgeflow.training.flow_model import caption_states, draw_flow_sheet, save_flow, velocity_field
+from edgeflow.training.loop import averaged_copy
+from edgeflow.training.losses import PerceptualDistance, pseudo_huber
+from edgeflow.training.models import load_parts
+from edgeflow.training.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    loop: LoopConfig
+    target_steps: int = 0  # Euler steps of the frozen flow from fresh noise; 0: the pairs' own latents
+    latent_weight: float = 1.0
+    perceptual_weight: float = 0.0
+    keep_nearest: float = 1.0
+
+
+class DistillObjective:
+    """Trains a one-step UNet, starting from the flow's weights."""
+
+    def __init__(self, config: DistillConfig, teacher: Path, pairs: Pairs, device: torch.device):
+        self.config, self.device = config, device
+        self.parts = load_parts(teacher)
+        torch.manual_seed(config.loop.seed)
+        unet = self.parts.unet.to(device, memory_format=torch.channels_last)
+        self.flow = copy.deepcopy(unet).eval().requires_grad_(False) if config.target_steps else None
+        self.trained = nn.ModuleDict({"unet": unet})
+        self.averaged = averaged_copy(self.trained)
+        self.pairs = pairs.nearest(config.keep_nearest)
+        self.text = caption_states(self.parts, pairs.captions, device)
+        self.vae = self.parts.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+        self.perceptual = PerceptualDistance().to(device) if config.perceptual_weight else None
+        if config.loop.compile:
+            unet.compile()
+            if self.perceptual is not None:
+                self.vae.decoder.compile()
+                self.perceptual.compile()
+
+    def loss(self) -> dict[str, Tensor]:
+        batch = self.config.loop.batch_size
+        index = random_index(len(self.pairs.noise), batch, self.device)
+        text = self.text[self.pairs.caption[index]]
+        if self.flow is None:
+            noise, target = self.pairs.noise[index], self.pairs.latent[index]
+        else:
+            noise = torch.randn_like(self.pairs.noise[index])
+            with torch.no_grad():
+                target = flow.euler(velocity_field(self.flow, text), noise, self.config.target_steps)
+        noise = noise.contiguous(memory_format=torch.channels_last)
+        t = torch.full((batch,), FIRST_TIMESTEP, device=self.device)
+        drawn = noise + self.trained["unet"](noise, t, text).sample.float()
+        latent = pseudo_huber(drawn, target)
+        losses = {"loss": self.config.latent_weight * latent, "latent": latent}
+        if self.perceptual is not None:
+            scale = self.vae.config.scaling_factor
+            with torch.no_grad():
+                wanted = self.vae.decode(target / scale).sample
+            perceptual = self.perceptual(self.vae.decode(drawn / scale).sample, wanted)
+            losses["loss"] = losses["loss"] + self.config.perceptual_weight * perceptual
+            losses["perceptual"] = perceptual
+        return losses
+
+    def save(self, folder: Path) -> None:
+        facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}
+        save_flow(self.parts, self.averaged["unet"], folder, facts)
+
+    def draw_sheet(self, path: Path) -> None:
+        """One-step pictures of 32 prompts."""
+        draw_flow_sheet(path, self.parts, self.averaged["unet"], self.pairs.captions, (1,), self.config.loop.bf16)

@@ -1,0 +1,61 @@
+"""Presets: one literal table per stage; ``emoji``'s measured results stand beside the lines.
+
+``tiny`` runs the five stages on a CPU within the tests. ``emoji`` runs them on one H100-class GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeflow.training.autoencoder import AutoencoderConfig
+from edgeflow.training.config import LoopConfig
+from edgeflow.training.distill import DistillConfig
+from edgeflow.training.models import ModelShape
+from edgeflow.training.pairs import PairsConfig
+from edgeflow.training.reflow import ReflowConfig
+from edgeflow.training.teacher import TeacherConfig
+
+TINY_SHAPE = ModelShape(
+    picture_size=32,
+    latent_channels=8,
+    autoencoder_width=16,
+    encoder_blocks=(1, 1, 1),
+    decoder_blocks=(1, 1, 1),
+    unet_channels=(32, 64),
+    unet_layers=1,
+    unet_heads=(2, 4),
+    unet_attention=(True, True),
+    text_width=32,
+    text_layers=1,
+    text_heads=2,
+    vocabulary=600,
+    max_tokens=16,
+)
+EMOJI_SHAPE = ModelShape()
+
+
+def _tiny(steps: int) -> LoopConfig:
+    return LoopConfig(steps=steps, batch_size=8, learning_rate=1e-3, warmup_steps=5, ema_decay=0.9, log_every=5)
+
+
+def _gpu(steps: int, batch_size: int, learning_rate: float, **more: Any) -> LoopConfig:
+    return LoopConfig(steps, batch_size, learning_rate, bf16=True, compile=True, cuda_graph=True, **more)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "autoencoder": AutoencoderConfig(_tiny(10), TINY_SHAPE),
+        "teacher": TeacherConfig(_tiny(10), TINY_SHAPE, sample_steps=5),
+        "pairs": PairsConfig(num_pairs=32, batch_size=16, shard_size=16, steps=5),
+        "reflow": ReflowConfig(_tiny(10), sample_steps=5),
+        "distill": DistillConfig(_tiny(10), target_steps=2, perceptual_weight=0.1),
+    },
+    "emoji": {
+        "autoencoder": AutoencoderConfig(_gpu(8000, 128, 5e-4, decay_fraction=0.3, minutes=3.0), EMOJI_SHAPE),
+        "teacher": TeacherConfig(_gpu(40000, 1024, 6e-4, ema_decay=0.9995, minutes=11.0), EMOJI_SHAPE),
+        "pairs": PairsConfig(num_pairs=81920, batch_size=2048, bf16=True, minutes=2.0),
+        "reflow": ReflowConfig(_gpu(10000, 1024, 4e-4, decay_fraction=0.3, minutes=3.2)),
+        "distill": DistillConfig(_gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.2), perceptual_weight=0.1),
+    },
+}
+STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill")

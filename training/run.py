@@ -1,0 +1,154 @@
+"""One stage, from files to files: what ``edgeflow train STAGE`` calls."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.errors import TrainingError, UnknownNameError, UsageError
+from edgeflow.training.autoencoder import AutoencoderObjective
+from edgeflow.training.config import resolve, to_dict
+from edgeflow.training.corpus import Corpus
+from edgeflow.training.distill import DistillObjective
+from edgeflow.training.loop import start_run, train
+from edgeflow.training.models import load_autoencoder
+from edgeflow.training.pairs import Pairs, draw_pairs, start_pairs
+from edgeflow.training.presets import PRESETS, STAGES
+from edgeflow.training.reflow import ReflowObjective
+from edgeflow.training.teacher import TeacherObjective
+from edgeflow.training.vocabulary import train_vocabulary
+
+#: What each stage starts from: (needs --data, kinds of checkpoint that --from may be, needs --pairs).
+_NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
+    "autoencoder": (True, (), False),
+    "teacher": (True, ("autoencoder", "diffusion"), False),
+    "pairs": (True, ("diffusion",), False),
+    "reflow": (False, ("diffusion", "rectified-flow"), True),
+    "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a stage was asked for; paths that it does not need are None."""
+
+    stage: str
+    preset: str
+    out: Path
+    data: Path | None = None
+    source: Path | None = None  # a run folder or a checkpoint
+    pairs: Path | None = None
+    toml: Path | None = None
+    overrides: tuple[str, ...] = ()
+    flags: dict[str, Any] | None = None
+    device: str = "auto"
+    force: bool = False
+    resume: bool = False
+
+
+def run_stage(request: Request) -> Path:
+    """Run the stage and return its run folder. Raises EdgeflowError for anything a user can mend."""
+    if request.stage not in STAGES:
+        raise UnknownNameError("stage", request.stage, STAGES)
+    if request.preset not in PRESETS:
+        raise UnknownNameError("preset", request.preset, PRESETS)
+    device = pick_device(request.device)
+    prefix = "" if request.stage == "pairs" else "loop."
+    flags = {prefix + k: v for k, v in (request.flags or {}).items() if v is not None}
+    if "steps" in flags:  # pairs has no loop: its --steps is the number of pairs
+        flags["num_pairs"] = flags.pop("steps")
+    config = resolve(PRESETS[request.preset][request.stage], request.toml, request.overrides, flags)
+    _check_needs(request)
+    _check_device(config, device)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    if request.stage == "pairs":
+        return _run_pairs(request, config, device)
+    start_run(request.out, to_dict(config), force=request.force, resume=request.resume)
+    objective = _objective(request, config, device)
+    train(objective, config.loop, request.out, device, request.resume)
+    return request.out
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, the CPU elsewhere."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda: expected a CUDA GPU, found none; known: auto, cpu")
+    return torch.device(name)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """A run folder's checkpoint, or the path itself."""
+    return path / "checkpoint" if (path / "checkpoint").is_dir() else path
+
+
+def _check_needs(request: Request) -> None:
+    needs_data, kinds, needs_pairs = _NEEDS[request.stage]
+    missing = []
+    if needs_data and request.data is None:
+        missing.append("--data DIR")
+    if kinds and request.source is None:
+        missing.append(f"--from RUN (a checkpoint of kind {' or '.join(kinds)})")
+    if needs_pairs and request.pairs is None:
+        missing.append("--pairs DIR")
+    if missing:
+        raise UsageError(f"train {request.stage}: needs {', '.join(missing)}")
+    if kinds:
+        assert request.source is not None
+        kind = Checkpoint.open(checkpoint_of(request.source)).kind
+        if kind not in kinds:
+            raise UsageError(
+                f"train {request.stage}: --from {request.source}: expected a checkpoint of kind "
+                f"{' or '.join(kinds)}, got {kind}"
+            )
+
+
+def _check_device(config: Any, device: torch.device) -> None:
+    loop = getattr(config, "loop", None)
+    if loop is not None and loop.cuda_graph and device.type != "cuda":
+        raise UsageError("loop.cuda_graph: expected a CUDA device, got cpu; add --set loop.cuda_graph=false")
+
+
+def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
+    assert request.data is not None and request.source is not None
+    teacher = checkpoint_of(request.source)
+    size = int(Checkpoint.open(teacher).facts["picture_size"])
+    captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
+    start_pairs(request.out, config, captions, force=request.force, resume=request.resume)
+    if draw_pairs(config, teacher, captions, request.out, device) == 0:
+        raise TrainingError(f"pairs: {request.out}: no pair was drawn within {config.minutes} minutes")
+    return request.out
+
+
+def _objective(request: Request, config: Any, device: torch.device) -> Any:
+    if request.stage == "autoencoder":
+        assert request.data is not None
+        return AutoencoderObjective(
+            config, Corpus.load(request.data, "train", config.shape.picture_size, device), device
+        )
+    assert request.source is not None
+    source = checkpoint_of(request.source)
+    if request.stage == "teacher":
+        assert request.data is not None
+        corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
+        return TeacherObjective(config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device)
+    assert request.pairs is not None
+    kind = ReflowObjective if request.stage == "reflow" else DistillObjective
+    return kind(config, source, Pairs.load(request.pairs, device), device)
+
+
+def _vocabulary(request: Request, config: Any, corpus: Corpus) -> Path:
+    """The run's own vocabulary, learnt once from the training captions."""
+    folder = request.out / "tokenizer"
+    if not request.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        train_vocabulary(corpus.captions, config.shape.vocabulary, folder, config.shape.max_tokens)
+    return folder
