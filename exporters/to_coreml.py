@@ -1,0 +1,86 @@
+"""Lower a program to a Core ML ML Program package. Converts and saves on any machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import uuid
+import warnings
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+logging.getLogger("coremltools").setLevel(logging.ERROR)  # off macOS it reports each missing native part
+
+import coremltools as ct  # noqa: E402
+
+from edgeflow.errors import ExportError  # noqa: E402
+from edgeflow.exporters.layouts import APPLE, graph_spec  # noqa: E402
+from edgeflow.exporters.program import Program  # noqa: E402
+from edgeflow.spec import GraphSpec  # noqa: E402
+
+#: iOS 18 and macOS 15: fused attention, and the blockwise integers that quantized bundles need.
+TARGET = ct.target.iOS18
+_PRECISION = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
+_SPEC_FILE = "com.apple.CoreML/model.mlmodel"
+
+
+class CoreMLExporter:
+    """``<Name>.mlpackage``."""
+
+    backend: ClassVar[str] = "coreml"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+
+    def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
+        """See edgeflow.registry.Exporter."""
+        spec = graph_spec(program.spec, layout, APPLE, ".mlpackage")
+        if any(t.dtype == "uint8" for t in spec.outputs):
+            raise ExportError(f"export: coreml: {spec.name}: Core ML has no uint8 tensors; expected picture float32")
+        package = folder / spec.file
+        _convert(program, spec, precision).save(str(package))
+        _settle_spec(package / "Data" / _SPEC_FILE)
+        _settle_manifest(package / "Manifest.json")
+        return spec
+
+
+def _convert(program: Program, spec: GraphSpec, precision: str) -> ct.models.MLModel:
+    quiet = io.StringIO()  # its progress bars know no switch
+    with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = ct.convert(
+                program.exported.run_decompositions({}),
+                outputs=[ct.TensorType(name=t.key, dtype=np.float32) for t in spec.outputs],
+                convert_to="mlprogram",
+                compute_precision=_PRECISION[precision],
+                minimum_deployment_target=TARGET,
+                skip_model_load=True,
+            )
+        except (NotImplementedError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(f"export: coreml: {spec.name}: {reason}") from error
+    return model
+
+
+def _settle_spec(path: Path) -> None:
+    """Drop the conversion date and the like, and write map fields in a fixed order."""
+    model = ct.proto.Model_pb2.Model()
+    model.ParseFromString(path.read_bytes())
+    model.description.metadata.ClearField("userDefined")
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _settle_manifest(path: Path) -> None:
+    """The package's items get identifiers made from their paths instead of random ones."""
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    items = {}
+    for old, item in manifest["itemInfoEntries"].items():
+        new = str(uuid.uuid5(uuid.NAMESPACE_URL, f"edgeflow:{item['path']}")).upper()
+        items[new] = item
+        if manifest["rootModelIdentifier"] == old:
+            manifest["rootModelIdentifier"] = new
+    manifest["itemInfoEntries"] = items
+    path.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")

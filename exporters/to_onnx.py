@@ -1,0 +1,145 @@
+"""Lower a program to ONNX, with torch's own exporter.
+
+fp16 is a graph whose weights and activations are float16 between float32 inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+
+from edgeflow.errors import ExportError
+from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
+from edgeflow.exporters.program import Program
+from edgeflow.spec import GraphSpec
+
+#: 21 has GroupNormalization and LayerNormalization that sum in float32, and blocked DequantizeLinear.
+OPSET = 21
+#: A protobuf file ends at 2 GiB; beyond this many bytes of weights they go to one file beside the graph.
+INLINE_BYTES = 1 << 30
+#: Inputs that the standard keeps float32 whatever the data's type: Resize's roi and scales.
+_FLOAT32_INPUTS = {"Resize": (1, 2)}
+
+
+class OnnxExporter:
+    """``<folder>/model.onnx``, and ``model.onnx.data`` beside it for more than a GiB of weights."""
+
+    backend: ClassVar[str] = "onnx"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+
+    def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
+        """See edgeflow.registry.Exporter."""
+        spec = graph_spec(program.spec, layout, DIFFUSERS, "/model.onnx")
+        model = _convert(program, spec)
+        _strip(model)
+        if precision == "fp16":
+            to_half(model)
+        path = folder / spec.file
+        path.parent.mkdir(parents=True)
+        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        ir.save(model, path, external_data=f"{path.name}.data" if size > INLINE_BYTES else None)
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"export: onnx: {spec.name}: the checker refuses the graph: {error}") from error
+        return spec
+
+
+def _convert(program: Program, spec: GraphSpec) -> ir.Model:
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            converted = torch.onnx.export(
+                program.exported,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[t.key for t in spec.inputs],
+                output_names=[t.key for t in spec.outputs],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(f"export: onnx: {spec.name}: {reason}") from error
+    assert converted is not None
+    return converted.model
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter records of the machine it ran on: stack traces and source paths."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.name = "edgeflow"
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def to_half(model: ir.Model) -> None:
+    """Turn every float32 weight and activation of the graph into float16, its inputs and outputs apart."""
+    graph = model.graph
+    kept = {
+        node.inputs[i]
+        for node in graph
+        for i in _FLOAT32_INPUTS.get(node.op_type, ())
+        if i < len(node.inputs) and node.inputs[i] is not None
+    }
+    for value in graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT and value not in kept:
+            _halve_initializer(value)
+    for node in graph:
+        for value in node.outputs:
+            if value.dtype == ir.DataType.FLOAT and value not in kept:
+                value.dtype = ir.DataType.FLOAT16
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16)
+    _cast_inputs(graph)
+    _cast_outputs(graph)
+
+
+def _halve_initializer(value: ir.Value) -> None:
+    assert value.const_value is not None
+    limit = np.finfo(np.float16).max
+    half = np.clip(value.const_value.numpy(), -limit, limit).astype(np.float16)
+    value.const_value = ir.tensor(half, name=value.name)
+    value.dtype = ir.DataType.FLOAT16
+
+
+def _cast(source: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [source], {"to": dtype}, name=f"node_{name}")
+    out = node.outputs[0]
+    out.name, out.dtype, out.shape = name, dtype, source.shape
+    return node
+
+
+def _cast_inputs(graph: ir.Graph) -> None:
+    for value in graph.inputs:
+        if value.dtype != ir.DataType.FLOAT:
+            continue
+        uses = list(value.uses())
+        node = _cast(value, ir.DataType.FLOAT16, f"{value.name}_float16")
+        graph.insert_before(graph[0], node)
+        for user, index in uses:
+            user.replace_input_with(index, node.outputs[0])
+
+
+def _cast_outputs(graph: ir.Graph) -> None:
+    for i, value in enumerate(graph.outputs):
+        if value.dtype != ir.DataType.FLOAT16:
+            continue
+        name = value.name
+        value.name = f"{name}_float16"
+        node = _cast(value, ir.DataType.FLOAT, str(name))
+        graph.append(node)
+        graph.outputs[i] = node.outputs[0]

@@ -1,0 +1,66 @@
+"""Lower a program to OpenVINO's IR. fp16 stores the weights as float16; a device computes as it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import openvino
+
+from edgeflow.errors import ExportError
+from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
+from edgeflow.exporters.program import Program
+from edgeflow.spec import GraphSpec, TensorSpec
+
+
+class OpenVinoExporter:
+    """``<folder>/openvino_model.xml`` and ``.bin``."""
+
+    backend: ClassVar[str] = "openvino"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+
+    def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
+        """See edgeflow.registry.Exporter."""
+        spec = graph_spec(program.spec, layout, DIFFUSERS, "/openvino_model.xml")
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                model = openvino.convert_model(program.exported)
+            except Exception as error:  # the frontend raises bare exceptions
+                reason = str(error).strip().splitlines()[0]
+                raise ExportError(f"export: openvino: {spec.name}: {reason}") from error
+        _make_static(model, spec)
+        _name(model, spec)
+        path = folder / spec.file
+        path.parent.mkdir(parents=True)
+        openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
+        return spec
+
+
+def _make_static(model: Any, spec: GraphSpec) -> None:
+    """The frontend leaves dimensions open that the program fixes."""
+    model.reshape({i: list(t.shape) for i, t in enumerate(spec.inputs)})
+    model.validate_nodes_and_infer_types()
+
+
+def _name(model: Any, spec: GraphSpec) -> None:
+    """Give inputs and outputs their names, and nodes names without the process-wide counters they got."""
+    for op in model.get_ops():
+        for output in op.outputs():
+            output.get_tensor().set_names(set())
+    for i, op in enumerate(model.get_ordered_ops()):
+        if "/" not in op.get_friendly_name():
+            op.set_friendly_name(f"{op.get_type_name()}_{i}")
+    ports: list[tuple[Any, TensorSpec]] = [
+        *zip(model.inputs, spec.inputs, strict=True),
+        *zip(model.outputs, spec.outputs, strict=True),
+    ]
+    for port, tensor in ports:
+        port.get_tensor().set_names({tensor.key})
+    for parameter, tensor in zip(model.get_parameters(), spec.inputs, strict=True):
+        parameter.set_friendly_name(tensor.key)
+    for result, tensor in zip(model.get_results(), spec.outputs, strict=True):
+        result.set_friendly_name(f"{tensor.key}/result")
