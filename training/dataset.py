@@ -71,8 +71,15 @@ class Loaded:
         return len(self.captions)
 
 
-#: One sample still in bytes: key, the picture (or why there is none), the caption and what else is known.
-_Raw = tuple[str, bytes | Problem, str, Mapping[str, Any]]
+@dataclass(frozen=True)
+class _Raw:
+    """One sample still in bytes. ``where`` names it in a problem; ``content`` is the picture, or why none."""
+
+    key: str
+    where: str
+    content: bytes | Problem
+    caption: str = ""
+    known: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,16 +107,16 @@ class CaptionedPictures:
             raw = _read_shards(self.files[split], on_problem)
         else:
             raw = _read_imagefolder(self.path, split, self.files[split], on_problem)
-        for key, content, caption, known in raw:
-            try:
-                picture = _decode(key, content)
-                if not caption.strip():
-                    raise _Unusable(Problem(key, "empty caption"))
-            except _Unusable as error:
-                on_problem(error.problem)
-                continue
-            words = {name: str(known.get(name) or "") for name in ("concept", "style")}
-            yield Sample(key=key, picture=picture, caption=caption.strip(), **words)
+        for item in raw:
+            picture = _decode(item)
+            caption = item.caption.strip()
+            if isinstance(picture, Problem):
+                on_problem(picture)
+            elif not caption:
+                on_problem(Problem(item.where, "empty caption"))
+            else:
+                words = {name: str(item.known.get(name) or "") for name in ("concept", "style")}
+                yield Sample(key=item.key, picture=picture, caption=caption, **words)
 
     def load(self, split: str, size: int, limit: int | None = None) -> Loaded:
         """Read a split into memory at ``size`` × ``size`` pixels, see :func:`fit_square`.
@@ -213,23 +220,17 @@ def write_shards(
     return written
 
 
-class _Unusable(Exception):
-    def __init__(self, problem: Problem):
-        super().__init__(str(problem))
-        self.problem = problem
-
-
-def _decode(key: str, content: bytes | Problem) -> Image.Image:
-    if isinstance(content, Problem):
-        raise _Unusable(content)
+def _decode(item: _Raw) -> Image.Image | Problem:
+    if isinstance(item.content, Problem):
+        return item.content
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(item.content)) as opened:
             opened.load()
             if opened.mode in ("RGB", "L"):
                 return opened.convert("RGB")
             layered = opened.convert("RGBA")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _Unusable(Problem(key, f"broken picture: {_one_line(error)}")) from error
+        return Problem(item.where, f"broken picture: {_one_line(error)}")
     ground = Image.new("RGBA", layered.size, (*WHITE, 255))
     return Image.alpha_composite(ground, layered).convert("RGB")
 
@@ -267,7 +268,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
                     yield key, parts
                 key, parts = this, {}
             parts[suffix.lower()] = stream.read()
-    except tarfile.ReadError:
+    except (tarfile.TarError, OSError, EOFError):
         if parts:
             yield key, parts
         raise
@@ -278,8 +279,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
 def _raw_sample(where: str, key: str, parts: Mapping[str, bytes]) -> _Raw:
     suffix = next((suffix for suffix in PICTURE_SUFFIXES if suffix in parts), None)
     if suffix is None:
-        problem = Problem(where, f"no picture among {', '.join(sorted(parts))}")
-        return key, problem, "", {}
+        return _Raw(key, where, Problem(where, f"no picture among {', '.join(sorted(parts))}"))
     known: Mapping[str, Any] = {}
     try:
         known = json.loads(parts["json"]) if "json" in parts else {}
@@ -287,12 +287,49 @@ def _raw_sample(where: str, key: str, parts: Mapping[str, bytes]) -> _Raw:
             parts["txt"].decode() if "txt" in parts else str(known.get("caption") or known.get("text") or "")
         )
     except (ValueError, AttributeError) as error:
-        return key, Problem(where, f"broken caption: {_one_line(error)}"), "", {}
-    return key, parts[suffix], caption, known
+        return _Raw(key, where, Problem(where, f"broken caption: {_one_line(error)}"))
+    return _Raw(key, where, parts[suffix], caption, known)
 
 
-def _split_of(file_name: str) -> str:
-    return "test" if file_name.startswith("test/") else "train"
+def _read_imagefolder(
+    root: Path, split: str, files: Iterable[Path], on_problem: Callable[[Problem], None]
+) -> Iterator[_Raw]:
+    for metadata in files:
+        folder = metadata.parent
+        # A file in the split's own folder speaks for that split alone, whatever its rows are called.
+        shared = folder == root
+        listed: set[Path] = set()
+        for number, row in _rows(metadata):
+            name = str(row.get("file_name") or "") if row else ""
+            if row is None or not name:
+                if not shared or split == "train":
+                    where = f"{_below(root, metadata)}:{number}"
+                    on_problem(Problem(where, "expected a JSON object with file_name"))
+                continue
+            listed.add(folder / name)
+            if not shared or _split_of(name) == split:
+                where = _below(root, folder / name)
+                caption = str(row.get("text") or row.get("caption") or "")
+                yield _Raw(where, where, _read_picture(folder, name, where), caption, row)
+        for file in sorted(_pictures(root, split) if shared else folder.rglob("*")):
+            if file.suffix.lower().lstrip(".") in PICTURE_SUFFIXES and file not in listed:
+                on_problem(Problem(_below(root, file), f"no line in {METADATA}"))
+
+
+def _pictures(root: Path, split: str) -> Iterator[Path]:
+    """What lies in ``root`` for a split that ``root``'s own metadata speaks for."""
+    for file in root.rglob("*"):
+        name = _below(root, file)
+        if _split_of(name) == split and not (root / name.partition("/")[0] / METADATA).is_file():
+            yield file
+
+
+def _split_of(name: str) -> str:
+    return "test" if name.startswith("test/") else "train"
+
+
+def _below(root: Path, file: Path) -> str:
+    return file.relative_to(root).as_posix()
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
@@ -307,46 +344,16 @@ def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
 
 
 def _mentions_test(metadata: Path) -> bool:
-    return any(
-        row is not None and _split_of(str(row.get("file_name", ""))) == "test" for _, row in _rows(metadata)
-    )
+    return any(row and _split_of(str(row.get("file_name", ""))) == "test" for _, row in _rows(metadata))
 
 
-def _read_imagefolder(
-    root: Path, split: str, files: Iterable[Path], on_problem: Callable[[Problem], None]
-) -> Iterator[_Raw]:
-    for metadata in files:
-        folder, named = metadata.parent, set[Path]()
-        for number, row in _rows(metadata):
-            name = str(row.get("file_name") or "") if row else ""
-            where = f"{metadata.relative_to(root)}:{number}"
-            if row is None or not name:
-                if folder != root or split == "train":
-                    on_problem(Problem(where, "expected a JSON object with file_name"))
-                continue
-            named.add(folder / name)
-            if folder == root and _split_of(name) != split:
-                continue
-            caption = row.get("text") or row.get("caption")
-            yield name, _read_picture(folder, name), str(caption or ""), row
-        others = (f for f in sorted(folder.rglob("*")) if f.suffix.lower().lstrip(".") in PICTURE_SUFFIXES)
-        for file in others:
-            own = folder != root or not (root / _split_of(str(file.relative_to(root))) / METADATA).is_file()
-            if (
-                file not in named
-                and own
-                and (folder != root or _split_of(str(file.relative_to(root))) == split)
-            ):
-                on_problem(Problem(str(file.relative_to(root)), f"no line in {METADATA}"))
-
-
-def _read_picture(folder: Path, name: str) -> bytes | Problem:
+def _read_picture(folder: Path, name: str, where: str) -> bytes | Problem:
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
-        return Problem(name, "lies outside the dataset's folder")
+        return Problem(where, "lies outside the dataset's folder")
     try:
         return file.read_bytes()
     except FileNotFoundError:
-        return Problem(name, "the file is missing")
+        return Problem(where, "the file is missing")
     except OSError as error:
-        return Problem(name, f"cannot be read: {error.strerror}")
+        return Problem(where, f"cannot be read: {error.strerror}")

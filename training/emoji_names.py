@@ -21,6 +21,8 @@ _LEFT_OUT = ("{}", "{}face", "person{}")
 #: A joined name this close to a known one is a misspelling of it ("saggitarius").
 _SPELLING_CUTOFF = 0.9
 _SPELLING_MIN_LETTERS = 7
+#: A set with a smaller share of hyphened names joins its words.
+_JOINING_SHARE = 0.1
 #: Blocks of arrows, signs and pictographs, full since Unicode 8: their names' words are words too.
 _PICTURE_BLOCKS = (range(0x2190, 0x2C00), range(0x1F300, 0x1F650), range(0x1F680, 0x1F6C6))
 
@@ -80,7 +82,7 @@ class NameTable:
         if codepoint is not None:
             return " ".join(_words(self._name_of[codepoint]))
         name = _plain(icon.name)
-        if "-" in name or name in self._words:
+        if "-" in name or name in self._words or not _joins_words(icon_set):
             return " ".join(_words(name))
         cut = self._cut(name)
         if cut and (known := self._by_words.get(_bag(cut))):
@@ -114,6 +116,12 @@ class NameTable:
                     best[end] = found
         last = best[len(name)]
         return last[2] if last else []
+
+
+def _joins_words(icon_set: IconSet) -> bool:
+    """Whether the set writes its names in one ("alarmclock"): hardly any has a hyphen."""
+    hyphened = sum("-" in icon.name for icon in icon_set.icons)
+    return hyphened < _JOINING_SHARE * len(icon_set.icons)
 
 
 def _plain(name: str) -> str:

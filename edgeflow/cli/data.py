@@ -1,0 +1,110 @@
+"""``edgeflow data SET``: make a captioned picture set to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeflow.cli.options import (
+    example,
+    force_option,
+    json_option,
+    out_option,
+    print_json,
+    show_progress,
+    verbosity,
+)
+
+
+@click.group(
+    "data",
+    short_help="Make a captioned picture set to train on.",
+    epilog=example("edgeflow data emoji -o data/emoji"),
+)
+def command() -> None:
+    """Make a captioned picture set to train on."""
+
+
+@command.command(
+    "emoji",
+    short_help="Open emoji artwork with its names as captions.",
+    epilog=example("edgeflow data emoji -o data/emoji"),
+)
+@out_option("Folder to write: webdataset shards, README.md, dataset.json.")
+@click.option(
+    "--size",
+    type=click.IntRange(8, 1024),
+    default=128,
+    show_default=True,
+    metavar="PIXELS",
+    help="Side of the pictures.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=None,
+    metavar="N",
+    help="Only so many concepts (for a quick try).",
+)
+@force_option
+@json_option
+@verbosity
+def emoji(out: Path, size: int, limit: int | None, force: bool, as_json: bool) -> None:
+    """Open emoji artwork as a text-to-image set: about 8,000 pictures in six styles.
+
+    The artwork is fetched by the npm client (Node.js) at pinned versions and checked against pinned hashes,
+    rendered on white, captioned with its name and style, and split so that the test pictures are concepts
+    seen in training only in other styles. The same command gives the same bytes.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
+    """
+    from edgeflow.training.emoji import build_emoji
+
+    with _progress() as progress:
+        made = build_emoji(out, size=size, limit=limit, force=force, progress=progress)
+    if as_json:
+        print_json({"path": str(made.path), **made.summary})
+    else:
+        _print_table(made.summary)
+        click.echo(str(made.path))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar on stderr, for whichever step is under way; nothing where no bar belongs."""
+    if not show_progress():
+        yield lambda step, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("fetching", total=None)
+        yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total)
+
+
+def _print_table(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("style", "licence", *(_right(name) for name in ("train", "test", "left out")))
+    for source in summary["sources"]:
+        left_out = sum(source["dropped"].values())
+        numbers = (source["train"], source["test"], left_out)
+        table.add_row(source["style"], source["licence"], *(f"{number:,}" for number in numbers))
+    images = summary["num_images"]
+    table.add_section()
+    table.add_row(
+        f"{summary['num_concepts']:,} concepts", "", f"{images['train']:,}", f"{images['test']:,}", ""
+    )
+    Console().print(table)
+
+
+def _right(header: str) -> Any:
+    from rich.table import Column
+
+    return Column(header, justify="right")
