@@ -24,7 +24,7 @@ def constexpr_affine_dequantize(
 
 @operation("constexpr_blockwise_shift_scale")
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """scale · (q − offset); a scale's dimension that is n times shorter than the data's covers blocks of n."""
+    """scale · (q − offset); a dimension n times shorter in the scale than in the data has blocks of n."""
     values = data.float()
     if offset is not None:
         values = values - _spread(offset.float(), data.shape)
@@ -46,9 +46,9 @@ def constexpr_lut_to_dense(
 ) -> Tensor:
     """Palette entries at ``indices``.
 
-    With ``shape`` (iOS16) one palette serves all and the indices are packed into bytes. Without it (iOS18) the
-    palette has two dimensions more than the indices: palettes per group, entries, values per entry; an entry
-    of several values fills as many places along ``vector_axis``.
+    With ``shape`` (iOS16) one palette serves all and the indices are packed into bytes. Without it (iOS18)
+    the palette has two dimensions more than the indices: palettes per group, entries, values per entry; an
+    entry of several values fills as many places along ``vector_axis``.
     """
     if shape is not None:
         return lut[_unpacked(indices, int(math.log2(lut.numel())), ints(shape))]

@@ -20,12 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeflow.errors import RuntimeFailure
-from edgeflow.runtimes import mil_constexpr_ops, mil_layout_ops
+from edgeflow.runtimes import checks, mil_constexpr_ops, mil_layout_ops  # noqa: F401 (they register)
 from edgeflow.runtimes.mil_ops import OPERATIONS, Definition
 from edgeflow.runtimes.mil_reader import Constant, Operation, Program, TensorType, Value, read_package
-
-# Importing these two modules is what defines their operations.
-assert mil_constexpr_ops and mil_layout_ops
 
 #: What torch holds each element type in; types torch cannot compute with sit in a wider one.
 DTYPES = {
@@ -96,7 +93,7 @@ class MilInterpreter:
                 tensors[output] = tensor
             for name in step.last_uses:
                 tensors.pop(name, None)
-        return {name: self._lookup(name, tensors).numpy() for name in self.outputs}
+        return {name: np.array(self._lookup(name, tensors).numpy()) for name in self.outputs}
 
     def _input(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Tensor:
         declared = self.inputs[name]
@@ -121,10 +118,9 @@ class MilInterpreter:
         try:
             result = step.definition.function(**arguments)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
             raise RuntimeFailure(
-                f"coreml: {self._where}: operation {operation.type} (output {operation.outputs[0].name}) failed: "
-                f"{reason}"
+                f"coreml: {self._where}: operation {operation.type} (output {_output(operation)}) failed: "
+                f"{checks.one_line(error)}"
             ) from error
         results = result if isinstance(result, tuple) else (result,)
         return {
@@ -147,7 +143,7 @@ class MilInterpreter:
 
 
 def _held(value: Value) -> Held:
-    """A constant as the interpreter holds it; 16- and 32-bit unsigned integers widen to what torch computes."""
+    """A constant as the interpreter holds it; unsigned 16 and 32 bits widen to what torch can add."""
     if isinstance(value, str):
         return value
     wider = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64}.get(value.dtype)
@@ -173,7 +169,8 @@ def _expect_known(operations: list[Operation], where: object) -> None:
     if unknown:
         named = ", ".join(f"{o.type} (output {_output(o)})" for o in unknown)
         raise RuntimeFailure(
-            f"coreml: {where}: operations without a definition: {named}; known: {', '.join(sorted(OPERATIONS))}"
+            f"coreml: {where}: operations without a definition: {named}; "
+            f"known: {', '.join(sorted(OPERATIONS))}"
         )
     for o in operations:
         known = set(inspect.signature(OPERATIONS[o.type].function).parameters)

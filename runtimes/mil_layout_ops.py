@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgeflow.runtimes.mil_ops import flag, ints, operation
 
-#: ``cast``'s names of types. Unsigned 16-bit values are held in the next wider signed type, which torch can add.
+#: ``cast``'s names of types. Unsigned 16 bits sit in the next wider signed type, which torch can add.
 CAST_TYPES = {
     "bool": torch.bool,
     "fp16": torch.float16,
@@ -104,7 +104,7 @@ def slice_by_index(
 ) -> Tensor:
     """``x[begin:end:stride]`` in each dimension, as NumPy does it.
 
-    A mask's 1 drops that dimension's begin or end; squeeze_mask's 1 takes ``x[begin]`` and drops the dimension.
+    A mask's 1 drops that dimension's begin or end; squeeze_mask's 1 takes ``x[begin]``, a dimension less.
     """
     rank = x.dim()
     starts, ends = ints(begin), ints(end)
@@ -150,7 +150,7 @@ def gather(
     batch_dims: Tensor | int = 0,
     validate_indices: Tensor | bool = False,  # every index is validated here
 ) -> Tensor:
-    """The slices of ``x`` at ``indices`` along ``axis``; the first ``batch_dims`` dimensions run side by side."""
+    """Slices of ``x`` at ``indices`` along ``axis``; the first ``batch_dims`` dimensions run side by side."""
     dim, batch = int(axis) % x.dim(), int(batch_dims)
     if batch:
         lead = x.shape[:batch]
