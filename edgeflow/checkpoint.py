@@ -333,7 +333,7 @@ def _from_hub(model: str) -> Path:
             snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__
         raise CheckpointError(
             f"model: {model}: no folder of that name, and the hub could not give it: {reason}"
         ) from error
