@@ -193,7 +193,7 @@ def _original(component: Component, graph: str, sample: Sample, spec: Generation
 def _bundle_rows(
     bundle: Bundle, label: str, runtime: str | None, reference: Reference, gates: Mapping[str, float]
 ) -> list[Measurement]:
-    """Lowering for each graph, then end to end. A runtime that fails is a failed row; the rest is measured."""
+    """Lowering for each graph, then end to end. A runtime that fails is a failed row; the rest goes on."""
     spec, precision = bundle.generation, bundle.manifest.precision
 
     def blank(gap: str, graph: str, metric: str) -> Measurement:
