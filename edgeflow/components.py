@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,23 +93,37 @@ def load_components(checkpoint: Checkpoint, picture: str = "float32") -> dict[st
     uint8. Raises ExportError for a model that does not draw in one step or whose parts are of a class
     edgeflow has no rewrite for, CheckpointError for weights that do not fit their config.
     """
-    if picture not in PICTURES:
-        raise ValueError(f"picture {picture!r} is not known; known: {PICTURES}")
     check_exportable(checkpoint)
     spec = checkpoint.generation
     text, unet, vae = (_load(checkpoint, part) for part in ("text_encoder", "unet", "vae"))
+    text_encoder, decoder = TextEncoder(text), Decoder(vae)
     modules: dict[str, nn.Module] = {
-        "text_encoder": TextEncoder(text),
+        "text_encoder": text_encoder,
         "unet": Velocity(_anchored(unet)),
-        "decoder": Decoder(vae),
+        "decoder": decoder,
+        PIPELINE: Pipeline(text_encoder, _folded(unet, spec.timestep), decoder, spec.latent_scale),
     }
-    folded = _folded(unet, spec.timestep)
-    modules[PIPELINE] = Pipeline(modules["text_encoder"], folded, vae, spec.latent_scale, picture)
-    originals = _originals(text, unet, vae, spec, picture)
-    return {
+    originals = _originals(text, unet, vae, spec)
+    components = {
         s.name: Component(s, modules[s.name].eval(), originals[s.name], _example(s))
-        for s in component_specs(spec, int(text.config.hidden_size), picture)
+        for s in _component_specs(spec, int(text.config.hidden_size))
     }
+    return {**components, PIPELINE: with_picture(components[PIPELINE], picture)}
+
+
+def with_picture(pipeline: Component, picture: str) -> Component:
+    """The float32 pipeline component with its picture as float32 or uint8. Raises ValueError for others."""
+    if picture not in PICTURES:
+        raise ValueError(f"picture {picture!r} is not known; known: {PICTURES}")
+    if picture == "float32":
+        return pipeline
+    (image,) = pipeline.spec.outputs
+
+    def original(**inputs: Tensor) -> Tensor:
+        return _to_bytes(pipeline.original(**inputs))
+
+    spec = replace(pipeline.spec, outputs=(replace(image, dtype=picture),))
+    return replace(pipeline, spec=spec, module=BytePipeline(pipeline.module).eval(), original=original)
 
 
 def check_exportable(checkpoint: Checkpoint) -> None:
@@ -121,7 +134,7 @@ def check_exportable(checkpoint: Checkpoint) -> None:
             f"several steps and cannot be drawn in one; known kinds: {', '.join(KINDS)}"
         )
     for part, known in CLASSES.items():
-        name = part_class(checkpoint, part)
+        name = checkpoint.class_name(part)
         if name not in known:
             raise ExportError(
                 f"export: {checkpoint.name}: part {part!r}: expected a class edgeflow exports, got {name!r}; "
@@ -129,7 +142,7 @@ def check_exportable(checkpoint: Checkpoint) -> None:
             )
 
 
-def component_specs(spec: GenerationSpec, text_width: int, picture: str) -> tuple[ComponentSpec, ...]:
+def _component_specs(spec: GenerationSpec, text_width: int) -> tuple[ComponentSpec, ...]:
     """The specs of all components, batch 1 (see edgeflow.spec.GraphSpec for the names)."""
 
     def tensor(name: str, *shape: int, dtype: str = "float32") -> TensorSpec:
@@ -148,7 +161,7 @@ def component_specs(spec: GenerationSpec, text_width: int, picture: str) -> tupl
         ComponentSpec("text_encoder", (ids,), (tensor("last_hidden_state", *text),)),
         ComponentSpec("unet", unet_inputs, (tensor("velocity", *latent),)),
         ComponentSpec("decoder", (tensor("latent", *latent),), (tensor("image", *image),)),
-        ComponentSpec(PIPELINE, (ids, tensor("noise", *latent)), (tensor("image", *image, dtype=picture),)),
+        ComponentSpec(PIPELINE, (ids, tensor("noise", *latent)), (tensor("image", *image),)),
     )
 
 
@@ -253,23 +266,35 @@ class Decoder(nn.Module):
 class Pipeline(nn.Module):
     """The whole generator: ids (1, L) and noise (1, C, h, w) → picture (1, 3, H, W). One step: x₁ = x₀ + v(x₀, 1000)."""
 
-    timestep: Tensor
-
-    def __init__(self, text_encoder: nn.Module, folded: nn.Module, vae: Any, scale: float, picture: str):
+    def __init__(self, text_encoder: nn.Module, folded: nn.Module, decoder: nn.Module, scale: float):
         super().__init__()
-        self.text_encoder, self.unet, self.decoder = text_encoder, folded, Decoder(vae)
-        self.scale, self.picture = scale, picture
+        self.text_encoder, self.unet, self.decoder, self.scale = text_encoder, folded, decoder, scale
 
     def forward(self, input_ids: Tensor, noise: Tensor) -> Tensor:
         text = self.text_encoder(input_ids)
         velocity = self.unet(noise, FIRST_TIMESTEP, text, return_dict=False)[0]
-        return to_picture(self.decoder((noise + velocity) / self.scale), self.picture)
+        return _to_unit(self.decoder((noise + velocity) / self.scale))
 
 
-def to_picture(image: Tensor, picture: str) -> Tensor:
-    """[-1, 1] → float32 in [0, 1], or uint8 by rounding half to even."""
-    unit = (image / 2 + 0.5).clamp(0, 1)
-    return (unit * 255).round().to(torch.uint8) if picture == "uint8" else unit
+class BytePipeline(nn.Module):
+    """A pipeline whose picture is uint8."""
+
+    def __init__(self, pipeline: nn.Module):
+        super().__init__()
+        self.pipeline = pipeline
+
+    def forward(self, input_ids: Tensor, noise: Tensor) -> Tensor:
+        return _to_bytes(self.pipeline(input_ids, noise))
+
+
+def _to_unit(image: Tensor) -> Tensor:
+    """[-1, 1] → [0, 1]."""
+    return (image / 2 + 0.5).clamp(0, 1)
+
+
+def _to_bytes(unit: Tensor) -> Tensor:
+    """[0, 1] → uint8, rounding half to even."""
+    return (unit * 255).round().to(torch.uint8)
 
 
 # --- rewrites of the UNet -------------------------------------------------------------------------------
@@ -289,7 +314,9 @@ def _sharing_copy(module: nn.Module) -> Any:
 
 def _anchored(unet: Any) -> Any:
     if type(unet.time_proj).__name__ != "Timesteps":
-        raise ExportError(f"export: unet: expected a positional time embedding, got {unet.config.time_embedding_type!r}")
+        raise ExportError(
+            f"export: unet: expected a positional time embedding, got {unet.config.time_embedding_type!r}"
+        )
     twin = _sharing_copy(unet)
     twin.time_proj = AnchoredTimesteps(unet.time_proj)
     return twin
@@ -319,9 +346,7 @@ def _folded(unet: Any, timestep: float) -> Any:
 # --- originals and examples -----------------------------------------------------------------------------
 
 
-def _originals(
-    text: Any, unet: Any, vae: Any, spec: GenerationSpec, picture: str
-) -> dict[str, Callable[..., Tensor]]:
+def _originals(text: Any, unet: Any, vae: Any, spec: GenerationSpec) -> dict[str, Callable[..., Tensor]]:
     """The same functions through the untouched modules, as Stable Diffusion's pipeline calls them."""
 
     def text_encoder(input_ids: Tensor) -> Tensor:
@@ -336,7 +361,7 @@ def _originals(
     def pipeline(input_ids: Tensor, noise: Tensor) -> Tensor:
         hidden = text_encoder(input_ids)
         latent = noise + velocity(noise, torch.tensor([spec.timestep]), hidden)
-        return to_picture(decoder(latent / spec.latent_scale), picture)
+        return _to_unit(decoder(latent / spec.latent_scale))
 
     return {"text_encoder": text_encoder, "unet": velocity, "decoder": decoder, PIPELINE: pipeline}
 
@@ -356,15 +381,6 @@ def _example(spec: ComponentSpec) -> dict[str, Tensor]:
 
 
 # --- loading --------------------------------------------------------------------------------------------
-
-
-def part_class(checkpoint: Checkpoint, part: str) -> str:
-    """The class that ``model_index.json`` names for a part. Raises CheckpointError when it names none."""
-    path = checkpoint.root / "model_index.json"
-    entry = json.loads(path.read_text(encoding="utf-8")).get(part)
-    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-        raise CheckpointError(f"checkpoint: {path}: part {part!r}: expected [library, class], got {entry!r}")
-    return entry[1]
 
 
 @contextlib.contextmanager
@@ -393,7 +409,7 @@ def _load(checkpoint: Checkpoint, part: str) -> Any:
     import diffusers
     import transformers
 
-    name = part_class(checkpoint, part)
+    name = checkpoint.class_name(part)
     text = part == "text_encoder"
     cls = getattr(transformers if text else diffusers, name)
     dtype = {"dtype" if text else "torch_dtype": torch.float32}

@@ -34,6 +34,11 @@ class OnnxExporter:
 
     backend: ClassVar[str] = "onnx"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    tools: ClassVar[tuple[str, ...]] = (
+        "onnx",
+        "onnxscript",
+        "onnx-ir",
+    )  # distributions whose versions the manifest records
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
@@ -44,7 +49,9 @@ class OnnxExporter:
             to_half(model)
         path = folder / spec.file
         path.parent.mkdir(parents=True)
-        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        size = sum(
+            v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+        )
         ir.save(model, path, external_data=f"{path.name}.data" if size > INLINE_BYTES else None)
         try:
             onnx.checker.check_model(str(path), full_check=True)

@@ -21,6 +21,7 @@ class OpenVinoExporter:
 
     backend: ClassVar[str] = "openvino"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    tools: ClassVar[tuple[str, ...]] = ("openvino",)  # distributions whose versions the manifest records
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""

@@ -1,0 +1,156 @@
+"""``edgeflow export``: a checkpoint to bundles for ONNX, OpenVINO and Core ML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeflow.cli import options
+
+if TYPE_CHECKING:
+    from edgeflow.parity_report import ParityReport
+
+
+@click.command(
+    epilog=options.example("edgeflow export emoji --to onnx --to openvino --precision fp16 -o bundles")
+)
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--to",
+    "backends",
+    multiple=True,
+    required=True,
+    metavar="BACKEND",
+    help="Backend to export to: onnx, openvino or coreml; may repeat.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("fp32",),
+    show_default="fp32",
+    metavar="NAME",
+    help="fp32 or fp16; may repeat.",
+)
+@click.option(
+    "--graph",
+    "layouts",
+    multiple=True,
+    default=("pipeline",),
+    show_default="pipeline",
+    metavar="LAYOUT",
+    help="pipeline, the whole generator as one graph, or components, the three graphs by the names that the "
+    "backend's other clients look for; may repeat.",
+)
+@click.option(
+    "--picture",
+    default="float32",
+    show_default=True,
+    metavar="DTYPE",
+    help="What the pipeline graph draws: float32 in [0, 1] or uint8.",
+)
+@click.option("--parity/--no-parity", default=True, help="Measure the bundles against PyTorch afterwards.")
+@options.out_option("Folder for the bundles, each at <backend>-<graph>-<precision>.")
+@options.force_option
+@options.json_option
+@options.verbosity
+def command(
+    model: str,
+    backends: tuple[str, ...],
+    precisions: tuple[str, ...],
+    layouts: tuple[str, ...],
+    picture: str,
+    parity: bool,
+    out: Path,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export MODEL, one bundle for each backend, graph layout and precision, and measure their parity.
+
+    MODEL is a built-in model (emoji), a checkpoint folder or a hub id, and must draw in one step. All bundles
+    appear at the end, or none does. Equal inputs give equal bytes.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 a parity gate failed (the bundles are written all the same),
+    4 a backend is not installed.
+    """
+    from edgeflow.checkpoint import Checkpoint
+    from edgeflow.export import export_model, plan
+
+    plan(backends, precisions, layouts, picture)
+    checkpoint = Checkpoint.open(model)
+    with ExitStack() as stack:
+        say = _progress(stack)
+        paths = export_model(
+            checkpoint,
+            backends=backends,
+            precisions=precisions,
+            layouts=layouts,
+            picture=picture,
+            out=out,
+            force=force,
+            progress=say,
+        )
+        report = None
+        if parity:
+            from edgeflow.parity import measure
+
+            report = measure(paths, against=checkpoint, progress=say)
+    _print(paths, report, as_json)
+    if report is not None:
+        report.check()
+
+
+def _progress(stack: ExitStack) -> Callable[[str], None]:
+    """A spinner on stderr that says what is being done, where there is a terminal to show it."""
+    if not options.show_progress():
+        return lambda step: None
+    from rich.console import Console
+
+    return stack.enter_context(Console(stderr=True).status("opening")).update
+
+
+def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> None:
+    """The bundles and their sizes, then the parity report."""
+    bundles = [_facts(path) for path in paths]
+    if as_json:
+        options.print_json({"bundles": bundles, "parity": report.as_dict() if report else None})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in ("bundle", "backend", "graph", "precision"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("graphs MiB", justify="right")
+    table.add_column("in all MiB", justify="right")
+    for facts in bundles:
+        texts = [str(facts[key]) for key in ("path", "backend", "graph", "precision")]
+        table.add_row(*texts, f"{facts['graphs_mib']:.2f}", f"{facts['size_mib']:.2f}")
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 240  # a pipe's reader gets whole paths
+    console.print(table)
+    if report is not None:
+        from edgeflow.parity_report import print_report
+
+        console.print()
+        print_report(report)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from edgeflow.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    size = sum(entry.bytes for entry in bundle.manifest.files.values())
+    return {
+        "path": str(path),
+        "backend": bundle.manifest.backend,
+        "graph": bundle.manifest.layout,
+        "precision": bundle.manifest.precision,
+        "graphs_mib": bundle.graph_bytes() / 2**20,
+        "size_mib": size / 2**20,
+    }

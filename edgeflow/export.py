@@ -1,0 +1,239 @@
+"""Checkpoint → bundles: one program per component, lowered by every backend asked for.
+
+Everything that can be checked is checked before any work starts. All bundles appear together at the end; an
+export that fails or is interrupted leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeflow import __version__, registry
+from edgeflow.bundle import REFERENCE, TOKENIZER, Manifest, write_bundle_files, write_reference
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.errors import UnknownNameError, UsageError
+from edgeflow.spec import COMPONENTS, PIPELINE, GenerationSpec
+from edgeflow.staging import staged_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeflow.components import Component
+    from edgeflow.exporters.program import Program
+    from edgeflow.registry import Exporter
+
+PRECISIONS = ("fp32", "fp16")
+LAYOUTS: Mapping[str, tuple[str, ...]] = {PIPELINE: (PIPELINE,), "components": COMPONENTS}
+PICTURES = ("float32", "uint8")
+#: How many of the model's prompts the reference of a bundle holds; prompt i is drawn from seed i.
+NUM_REFERENCES = 4
+#: What made the program, whatever the backend.
+_TOOLS = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One bundle to write."""
+
+    exporter: Exporter
+    precision: str
+    layout: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.exporter.backend}-{self.layout}-{self.precision}"
+
+
+def export_model(
+    checkpoint: Checkpoint,
+    *,
+    backends: Sequence[str],
+    precisions: Sequence[str] = ("fp32",),
+    layouts: Sequence[str] = (PIPELINE,),
+    picture: str = "float32",
+    out: Path,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> list[Path]:
+    """Write one bundle per backend, layout and precision at ``out/<backend>-<layout>-<precision>``.
+
+    ``picture`` is the pipeline's output, float32 in [0, 1] or uint8. ``progress`` is told each step in
+    words. Equal inputs give equal bytes. Raises UsageError, BackendMissing, OutputExistsError or ExportError
+    (a model that does not draw in one step) before any work starts; ExportError naming the backend and
+    component when one cannot be lowered.
+    """
+    jobs = plan(backends, precisions, layouts, picture)
+    from edgeflow import components as comp
+
+    comp.check_exportable(checkpoint)
+    with _no_trace(out), ExitStack() as stack:
+        stages = [stack.enter_context(staged_folder(out / job.name, force=force)) for job in jobs]
+        progress("loading the checkpoint")
+        components = comp.load_components(checkpoint)
+        progress("reference pictures")
+        reference = _reference(checkpoint.generation, components)
+        components[PIPELINE] = comp.with_picture(components[PIPELINE], picture)
+        programs = _programs(components, jobs, progress)
+        for job, stage in zip(jobs, stages, strict=True):
+            _write_bundle(job, stage, checkpoint, programs, reference, progress)
+        progress("done")
+    return [out / job.name for job in jobs]
+
+
+def plan(
+    backends: Sequence[str], precisions: Sequence[str], layouts: Sequence[str], picture: str
+) -> list[_Job]:
+    """The bundles to write, in order, each once. Raises UsageError or BackendMissing."""
+    for what, names, known in (
+        ("precision", precisions, PRECISIONS),
+        ("graph layout", layouts, tuple(LAYOUTS)),
+        ("picture", (picture,), PICTURES),
+    ):
+        for name in names:
+            if name not in known:
+                raise UnknownNameError(what, name, known)
+    if not (backends and precisions and layouts):
+        raise UsageError("export: expected at least one backend, precision and graph layout, got none")
+    if picture != "float32" and PIPELINE not in layouts:
+        raise UsageError(
+            f"export: picture {picture!r}: expected the graph layout {PIPELINE!r}, which draws it"
+        )
+    if picture == "uint8" and "coreml" in backends:
+        raise UsageError("export: picture 'uint8': Core ML has no uint8 tensors; expected float32 for coreml")
+    exporters = [registry.exporter(name) for name in dict.fromkeys(backends)]
+    for exporter in exporters:
+        for precision in precisions:
+            if precision not in exporter.precisions:
+                raise UsageError(
+                    f"export: backend {exporter.backend}: precision {precision!r} is not available; "
+                    f"known: {', '.join(exporter.precisions)}"
+                )
+    return [
+        _Job(exporter, precision, layout)
+        for exporter in exporters
+        for layout in dict.fromkeys(layouts)
+        for precision in dict.fromkeys(precisions)
+    ]
+
+
+def _programs(
+    components: Mapping[str, Component], jobs: Sequence[_Job], progress: Callable[[str], None]
+) -> dict[str, Program]:
+    """One program for each component that some bundle holds."""
+    from edgeflow.exporters.program import build_program
+
+    programs = {}
+    for name in dict.fromkeys(name for job in jobs for name in LAYOUTS[job.layout]):
+        progress(f"program of {name}")
+        programs[name] = build_program(components[name])
+    return programs
+
+
+def _write_bundle(
+    job: _Job,
+    stage: Path,
+    checkpoint: Checkpoint,
+    programs: Mapping[str, Program],
+    reference: dict[str, np.ndarray],
+    progress: Callable[[str], None],
+) -> None:
+    graphs = []
+    for name in LAYOUTS[job.layout]:
+        progress(f"{job.name}: {name}")
+        graphs.append(job.exporter.lower(programs[name], stage, precision=job.precision, layout=job.layout))
+    for file in checkpoint.files("tokenizer"):
+        _copy(file, stage / TOKENIZER / file.name)
+    if job.layout == "components":
+        _copy_configs(checkpoint, stage)
+    write_reference(stage / REFERENCE, reference)
+    spec = dataclasses.asdict(checkpoint.generation)
+    del spec["tokenizer_dir"]
+    manifest = Manifest(
+        backend=job.exporter.backend,
+        precision=job.precision,
+        layout=job.layout,
+        model={**spec, "origin": checkpoint.facts["origin"]},
+        recipe=None,
+        graphs=tuple(graphs),
+        files={},
+        versions=_versions(getattr(job.exporter, "tools", ())),
+    )
+    write_bundle_files(stage, manifest)
+
+
+def _copy_configs(checkpoint: Checkpoint, stage: Path) -> None:
+    """The configs that the ecosystem's pipelines read beside the graphs, where they look for them."""
+    places = {
+        "model_index.json": "model_index.json",
+        "scheduler/scheduler_config.json": "scheduler/scheduler_config.json",
+        "text_encoder/config.json": "text_encoder/config.json",
+        "unet/config.json": "unet/config.json",
+        "vae/config.json": "vae_decoder/config.json",
+    }
+    for source, target in places.items():
+        if (checkpoint.root / source).is_file():
+            _copy(checkpoint.root / source, stage / target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _reference(spec: GenerationSpec, components: Mapping[str, Component]) -> dict[str, NDArray[Any]]:
+    """Seeded inputs and the export-ready modules' fp32 outputs, by ``prompt{i}/{graph}/{tensor}``."""
+    import numpy as np
+
+    from edgeflow.noise import gaussian_noise
+    from edgeflow.tokenizer import ClipTokenizer
+
+    tokenizer = ClipTokenizer.from_folder(spec.tokenizer_dir)
+    arrays: dict[str, NDArray[Any]] = {}
+    for i, prompt in enumerate(spec.prompts[:NUM_REFERENCES]):
+        ids, noise = tokenizer.encode(prompt), gaussian_noise(i, (1, *spec.latent_shape))
+        text = components["text_encoder"].run({"input_ids": ids})["last_hidden_state"]
+        timestep = np.array([spec.timestep], np.float32)
+        unet = {"sample": noise, "timestep": timestep, "encoder_hidden_states": text}
+        velocity = components["unet"].run(unet)["velocity"]
+        latent = (noise + velocity) / np.float32(spec.latent_scale)
+        found = {
+            "input_ids": ids,
+            "noise": noise,
+            "text_encoder/last_hidden_state": text,
+            "unet/velocity": velocity,
+            "decoder/latent": latent,
+            "decoder/image": components["decoder"].run({"latent": latent})["image"],
+            "pipeline/image": components[PIPELINE].run({"input_ids": ids, "noise": noise})["image"],
+        }
+        arrays |= {f"prompt{i}/{key}": value for key, value in found.items()}
+    return arrays
+
+
+def _versions(tools: Sequence[str]) -> dict[str, str]:
+    """edgeflow's version and those of the tools that made the bundle, by distribution name."""
+    versions = {"edgeflow": __version__}
+    for name in (*_TOOLS, *tools):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+@contextmanager
+def _no_trace(out: Path) -> Iterator[None]:
+    """Remove the folders that were made for ``out`` when the block fails, as far as they are empty."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
