@@ -99,6 +99,11 @@ def render(
 ) -> Iterator[Drawing | None]:
     """Render on white, in order, at ``size`` × ``size`` pixels; None for what resvg refuses."""
     work = [(entry.icon.svg(size), size) for entry in entries]
+    if processes <= 1:
+        for number, item in enumerate(work, 1):
+            progress("rendering", number, len(work))
+            yield _render_one(item)
+        return
     # spawn: a forked child of a process that already runs torch's threads may hang.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for number, drawing in enumerate(pool.imap(_render_one, work, chunksize=32), 1):

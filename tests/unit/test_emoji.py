@@ -145,8 +145,7 @@ def build(out: Path, packages: dict[Source, Path], **options: Any) -> dict[str, 
         out,
         sources=tuple(packages),
         fetch_source=lambda source: read_package(packages[source], source),
-        processes=1,
-        **{"size": 32, **options},
+        **{"size": 32, "processes": 1, **options},
     )
     return made.summary
 
@@ -236,6 +235,13 @@ def test_the_same_packages_give_the_same_bytes(tmp_path: Path, packages: dict[So
     assert one == two and {"README.md", "dataset.json", "train-000000.tar"} <= set(one)
     shard = json.loads(one["dataset.json"])["shards"][0]
     assert shard["sha256"] == hashlib.sha256(one[shard["file"]]).hexdigest()
+
+
+def test_two_processes_draw_what_one_draws(tmp_path: Path, packages: dict[Source, Path]) -> None:
+    build(tmp_path / "one", packages)
+    build(tmp_path / "two", packages, processes=2)
+    one, two = ((tmp_path / name / "train-000000.tar").read_bytes() for name in ("one", "two"))
+    assert one == two
 
 
 def test_data_card_names_every_source(tmp_path: Path, packages: dict[Source, Path]) -> None:
