@@ -214,12 +214,13 @@ def _bundle_rows(
         )
 
     rows = [blank(LOWERING, graph, "sqnr_db") for graph in graphs_of(bundle)]
-    rows.append(blank(END_TO_END, PIPELINE, "psnr_db"))
+    picture = blank(END_TO_END, PIPELINE, "psnr_db")
     try:
         drawn = _Drawn(load_runtime(bundle, runtime), bundle)
     except RuntimeFailure as error:
-        return [replace(row, reason=str(error)) for row in rows]
-    return [drawn.judge(row, reference.samples) for row in rows]
+        unmeasured = replace(picture, status=UNMEASURED, reason="the runtime did not load")
+        return [replace(rows[0], component="all", reason=str(error)), unmeasured]
+    return [drawn.judge(row, reference.samples) for row in (*rows, picture)]
 
 
 class _Drawn:

@@ -192,7 +192,7 @@ def show(metric: str, value: float | None) -> str:
     if value is None:
         return "–"
     if metric == "max_abs":
-        return "not finite" if math.isinf(value) else f"{value:.1e}"
+        return "not finite" if math.isinf(value) else f"{value:.1e}" if value else "equal"
     if math.isinf(value):
         return "equal" if value > 0 else "not finite"
     return f"{value:.1f} dB"

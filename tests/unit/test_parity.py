@@ -350,6 +350,24 @@ def test_a_picture_of_another_shape_or_a_failing_runtime_is_a_failure_not_a_cras
     assert any("lowering: decoder: shapes differ" in failure for failure in report.failures)
 
 
+def test_a_runtime_that_does_not_load_is_one_failure_and_the_other_bundle_is_measured(
+    tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    fake = sys.modules["edgeflow_fake_runtime"].Fake  # type: ignore[attr-defined]
+
+    def load(bundle: Bundle) -> Any:
+        if bundle.root.name == "one":
+            raise RuntimeFailure("runtime fake: unet.bin: the op 'gelu' is not known")
+        return fake()
+
+    monkeypatch.setattr(fake, "load", load)
+    report = parity.measure([make_bundle(tmp_path / name, layout="components") for name in ("one", "two")])
+    assert report.failures == ("one: lowering: all: runtime fake: unet.bin: the op 'gelu' is not known",)
+    assert [m.status for m in report.measurements if m.bundle == "one"] == [FAIL, UNMEASURED]
+    assert [m.status for m in report.measurements if m.bundle == "two"] == [PASS] * 4
+
+
 def test_all_failures_of_all_bundles_are_named_at_once(tmp_path: Path, install: Install) -> None:
     install(scaled("decoder", 20))
     bundles = [make_bundle(tmp_path / name, layout="components") for name in ("one", "two")]
