@@ -143,6 +143,21 @@ def test_a_shard_outside_its_folder_is_refused(own_checkpoint: Path, name: objec
         Checkpoint.open(own_checkpoint)
 
 
+def test_a_tensor_must_be_in_the_shard_that_the_index_says(own_checkpoint: Path) -> None:
+    path = own_checkpoint / UNET
+    shard = path.with_name("diffusion_pytorch_model-00001-of-00001.safetensors")
+    path.rename(shard)
+    index = own_checkpoint / f"{UNET}.index.json"
+    names = dict.fromkeys(read_safetensors_header(shard), shard.name)
+    index.write_text(json.dumps({"weight_map": names}))
+    assert Checkpoint.open(own_checkpoint).num_parameters("unet") > 0
+    index.write_text(json.dumps({"weight_map": {**names, "lost.weight": shard.name}}))
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'lost.weight' is not in diffusion_pytorch_model-00001"
+    ):
+        Checkpoint.open(own_checkpoint)
+
+
 # --- the hash -----------------------------------------------------------------------------------------------
 
 
