@@ -130,8 +130,8 @@ def check_exportable(checkpoint: Checkpoint) -> None:
     """Raise ExportError unless the checkpoint is a one-step model of known parts. Reads no weights."""
     if checkpoint.kind != "one-step":
         raise ExportError(
-            f"export: {checkpoint.name}: expected a one-step model, got kind {checkpoint.kind!r}, which needs "
-            f"several steps and cannot be drawn in one; known kinds: {', '.join(KINDS)}"
+            f"export: {checkpoint.name}: expected a one-step model, got kind {checkpoint.kind!r}, which "
+            f"needs several steps and cannot be drawn in one; known kinds: {', '.join(KINDS)}"
         )
     for part, known in CLASSES.items():
         name = checkpoint.class_name(part)
@@ -251,7 +251,7 @@ class Velocity(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The autoencoder's decoder: latent (1, C, h, w), already divided by the scale → (1, 3, H, W) in [-1, 1]."""
+    """The autoencoder's decoder: latent (1, C, h, w), divided by the scale → (1, 3, H, W) in [-1, 1]."""
 
     def __init__(self, vae: Any):
         super().__init__()
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
 
 
 class Pipeline(nn.Module):
-    """The whole generator: ids (1, L) and noise (1, C, h, w) → picture (1, 3, H, W). One step: x₁ = x₀ + v(x₀, 1000)."""
+    """ids (1, L) and noise x₀ (1, C, h, w) → the picture of x₁ = x₀ + v(x₀, 1000), (1, 3, H, W) in [0, 1]."""
 
     def __init__(self, text_encoder: nn.Module, folded: nn.Module, decoder: nn.Module, scale: float):
         super().__init__()
@@ -301,7 +301,7 @@ def _to_bytes(unit: Tensor) -> Tensor:
 
 
 class _NoTime(nn.Module):
-    """Stands where the time embedding was once it is folded away: a ResnetBlock2D skips an embedding of None."""
+    """Stands where a folded-away time embedding was: a ResnetBlock2D skips an embedding of None."""
 
     def forward(self, *_: Any) -> None:
         return None
@@ -314,9 +314,8 @@ def _sharing_copy(module: nn.Module) -> Any:
 
 def _anchored(unet: Any) -> Any:
     if type(unet.time_proj).__name__ != "Timesteps":
-        raise ExportError(
-            f"export: unet: expected a positional time embedding, got {unet.config.time_embedding_type!r}"
-        )
+        kind = unet.config.time_embedding_type
+        raise ExportError(f"export: unet: expected a positional time embedding, got {kind!r}")
     twin = _sharing_copy(unet)
     twin.time_proj = AnchoredTimesteps(unet.time_proj)
     return twin
@@ -331,9 +330,8 @@ def _folded(unet: Any, timestep: float) -> Any:
             if getattr(block, "time_emb_proj", None) is None:
                 continue
             if block.time_embedding_norm != "default" or block.skip_time_act:
-                raise ExportError(
-                    f"export: unet: expected blocks that add the time embedding, got {block.time_embedding_norm!r}"
-                )
+                kind = block.time_embedding_norm
+                raise ExportError(f"export: unet: expected blocks that add the time embedding, got {kind!r}")
             added = block.time_emb_proj(block.nonlinearity(embedding))[0]
             conv = _sharing_copy(block.conv1)
             conv.bias = nn.Parameter(added if conv.bias is None else conv.bias + added, requires_grad=False)
@@ -423,7 +421,7 @@ def _load(checkpoint: Checkpoint, part: str) -> Any:
     wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if wrong:
         raise CheckpointError(
-            f"checkpoint: {folder}: expected weights for every tensor of {name}, {len(wrong)} are missing or of "
-            f"another shape, the first {wrong[0]}"
+            f"checkpoint: {folder}: expected weights for every tensor of {name}, {len(wrong)} are missing "
+            f"or of another shape, the first {wrong[0]}"
         )
     return model.eval().requires_grad_(False)

@@ -33,15 +33,13 @@ class CoreMLExporter:
 
     backend: ClassVar[str] = "coreml"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
-    tools: ClassVar[tuple[str, ...]] = ("coremltools",)  # distributions whose versions the manifest records
+    tools: ClassVar[tuple[str, ...]] = ("coremltools",)
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
         spec = graph_spec(program.spec, layout, APPLE, ".mlpackage")
         if any(t.dtype == "uint8" for t in spec.outputs):
-            raise ExportError(
-                f"export: coreml: {spec.name}: Core ML has no uint8 tensors; expected picture float32"
-            )
+            raise ExportError(f"export: coreml: {spec.name}: Core ML has no uint8; expected float32")
         package = folder / spec.file
         _convert(program, spec, precision).save(str(package))
         _settle_spec(package / "Data" / _SPEC_FILE)

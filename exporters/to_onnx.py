@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from pathlib import Path
 from typing import ClassVar
@@ -34,11 +35,7 @@ class OnnxExporter:
 
     backend: ClassVar[str] = "onnx"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
-    tools: ClassVar[tuple[str, ...]] = (
-        "onnx",
-        "onnxscript",
-        "onnx-ir",
-    )  # distributions whose versions the manifest records
+    tools: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx-ir")
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
@@ -49,9 +46,8 @@ class OnnxExporter:
             to_half(model)
         path = folder / spec.file
         path.parent.mkdir(parents=True)
-        size = sum(
-            v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-        )
+        weights = [value.const_value for value in model.graph.initializers.values()]
+        size = sum(weight.nbytes for weight in weights if weight is not None)
         ir.save(model, path, external_data=f"{path.name}.data" if size > INLINE_BYTES else None)
         try:
             onnx.checker.check_model(str(path), full_check=True)
@@ -61,6 +57,7 @@ class OnnxExporter:
 
 
 def _convert(program: Program, spec: GraphSpec) -> ir.Model:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not there
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -21,7 +21,7 @@ class OpenVinoExporter:
 
     backend: ClassVar[str] = "openvino"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
-    tools: ClassVar[tuple[str, ...]] = ("openvino",)  # distributions whose versions the manifest records
+    tools: ClassVar[tuple[str, ...]] = ("openvino",)
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
@@ -49,6 +49,7 @@ def _make_static(model: Any, spec: GraphSpec) -> None:
 
 def _name(model: Any, spec: GraphSpec) -> None:
     """Give inputs and outputs their names, and nodes names without the process-wide counters they got."""
+    model.set_friendly_name(spec.name)
     for op in model.get_ops():
         for output in op.outputs():
             output.get_tensor().set_names(set())
