@@ -14,10 +14,10 @@ INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 export OMP_NUM_THREADS ?= 1
 
 BACKENDS   := onnx openvino coreml
-RUNTIMES   := torch $(BACKENDS)
 PRECISIONS := fp32 fp16
 MODEL      := emoji
-SEED       := 0
+# A contact sheet of eight prompts, all from seed 0.
+DRAW       := $(BIN)/edgeflow generate --prompts-file docs/prompts.txt --grid --force
 SOURCES    := $(shell find edgeflow exporters runtimes -name '*.py' -o -path '*/models/*' -type f)
 
 .PHONY: demo test lint types clean
@@ -37,17 +37,20 @@ $(BIN)/python:
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ .venv/installed-export
 
-demo: .venv/installed-export demo/bundles/.done
+demo: .venv/installed-export demo/.exported
+	@set -e; $(DRAW) $(MODEL) -o demo/torch.png; \
+	for backend in $(BACKENDS); do \
+	    $(DRAW) demo/bundles/$$backend-pipeline-fp16 -o demo/$$backend.png; \
+	done
 	$(BIN)/edgeflow parity demo/bundles/*
-	@set -e; for runtime in $(RUNTIMES); do bash tools/sheet.sh $(MODEL) $$runtime $(SEED); done
 
-demo/bundles/.done: $(SOURCES) | .venv/installed-export
+demo/.exported: $(SOURCES) | .venv/installed-export
 	$(BIN)/edgeflow export $(MODEL) $(BACKENDS:%=--to %) $(PRECISIONS:%=--precision %) \
 	    --graph pipeline --no-parity --force -o demo/bundles
 	@touch $@
 
 test: lint types
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
