@@ -81,7 +81,10 @@ def _cast(graph: GraphSpec, spec: TensorSpec, array: NDArray[Any]) -> NDArray[An
 
 
 def collect(runtime: str, graph: GraphSpec, results: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Arrays by the artifact's keys → arrays by edgeflow's names. Raises RuntimeFailure for a wrong shape."""
+    """Arrays by the artifact's keys → arrays by edgeflow's names, in the spec's dtypes.
+
+    Raises RuntimeFailure for a wrong shape.
+    """
     outputs = {}
     for spec in graph.outputs:
         array = np.asarray(results[spec.key])
@@ -90,7 +93,7 @@ def collect(runtime: str, graph: GraphSpec, results: Mapping[str, NDArray[Any]])
                 f"runtime {runtime}: graph {graph.name}: output {spec.name}: expected shape {spec.shape}, "
                 f"got {array.shape}"
             )
-        outputs[spec.name] = array
+        outputs[spec.name] = array.astype(spec.dtype, copy=False)
     return outputs
 
 

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ DTYPES = {
 #: The parameters that take several tensors; every other takes one.
 _MANY = ("values",)
 
-Held = Tensor | str
+Held: TypeAlias = Tensor | str
 
 
 @dataclass(frozen=True)
@@ -173,18 +173,15 @@ def _expect_known(operations: list[Operation], where: object) -> None:
             f"known: {', '.join(sorted(OPERATIONS))}"
         )
     for o in operations:
-        known = set(inspect.signature(OPERATIONS[o.type].function).parameters)
-        strange = sorted(set(o.parameters) - known)
-        if strange:
+        here = f"coreml: {where}: operation {o.type} (output {_output(o)})"
+        known = sorted(inspect.signature(OPERATIONS[o.type].function).parameters)
+        if strange := sorted(set(o.parameters) - set(known)):
             raise RuntimeFailure(
-                f"coreml: {where}: operation {o.type} (output {_output(o)}): parameters without a definition: "
-                f"{', '.join(strange)}; known: {', '.join(sorted(known))}"
+                f"{here}: parameters without a definition: {', '.join(strange)}; known: {', '.join(known)}"
             )
-        untyped = [t for t in o.outputs if t.element not in DTYPES]
-        if untyped:
+        if untyped := [t.element for t in o.outputs if t.element not in DTYPES]:
             raise RuntimeFailure(
-                f"coreml: {where}: operation {o.type} (output {untyped[0].name}): element type "
-                f"{untyped[0].element} is not known; known: {', '.join(DTYPES)}"
+                f"{here}: element type {untyped[0]} is not known; known: {', '.join(DTYPES)}"
             )
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 #: An operation's result: one tensor, or as many as it has outputs.
-Result = Tensor | tuple[Tensor, ...]
+Result: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)

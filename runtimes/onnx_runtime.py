@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -79,7 +81,12 @@ class OnnxRuntime:
 
 
 def _default_providers() -> list[str]:
-    return [p for p in (CUDA, CPU) if p in ort.get_available_providers()]
+    available = ort.get_available_providers()
+    if CUDA in available:
+        # Finds CUDA and cuDNN where pip put them. It prints what it misses; stdout is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+    return [p for p in (CUDA, CPU) if p in available]
 
 
 def _session(bundle: Bundle, graph: GraphSpec, providers: Sequence[str]) -> ort.InferenceSession:
