@@ -59,12 +59,13 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
         """Raises BundleError for anything that is not a manifest of this schema."""
         try:
             raw = json.loads(text)
             if raw.get("schema") != SCHEMA:
                 raise BundleError(f"manifest: {where}: expected schema {SCHEMA}, got {raw.get('schema')!r}")
+            _generation(raw["model"], where)
             return cls(
                 backend=raw["backend"],
                 precision=raw["precision"],
@@ -75,15 +76,26 @@ class Manifest:
                 files={name: FileEntry(**entry) for name, entry in raw["files"].items()},
                 versions=raw["versions"],
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"manifest: {where}: expected a manifest of schema {SCHEMA}, got {error!r}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise BundleError(
+                f"manifest: {where}: expected a manifest of schema {SCHEMA}, got: {reason}"
+            ) from error
+
+
+def _generation(model: dict[str, Any], tokenizer_dir: Path) -> GenerationSpec:
+    """The model's facts as a spec; TypeError or KeyError when one is missing or unknown."""
+    facts = {k: v for k, v in model.items() if k != "origin"}
+    for key in ("latent_shape", "prompts"):
+        facts[key] = tuple(facts[key])
+    return GenerationSpec(tokenizer_dir=tokenizer_dir, **facts)
 
 
 def _graph(raw: dict[str, Any]) -> GraphSpec:
     def tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["key"]) for t in items)
 
-    return GraphSpec(raw["name"], raw["file"], tensors(raw["inputs"]), tensors(raw["outputs"]))
+    return GraphSpec(raw["name"], str(raw["file"]), tensors(raw["inputs"]), tensors(raw["outputs"]))
 
 
 @dataclass(frozen=True)
@@ -100,26 +112,27 @@ class Bundle:
         manifest_path = root / MANIFEST
         if not manifest_path.is_file():
             raise BundleError(f"bundle: {root}: expected a folder with {MANIFEST}, found none")
-        manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"), manifest_path)
+        manifest = Manifest.from_json(manifest_path.read_bytes(), manifest_path)
         for name, entry in manifest.files.items():
             _verify(root, name, entry)
         for graph in manifest.graphs:
             inside(root, graph.file)
+            if not any(n == graph.file or n.startswith(graph.file + "/") for n in manifest.files):
+                raise BundleError(f"bundle: {root}: graph file {graph.file!r} has no hash in the manifest")
         return cls(root, manifest)
 
     @property
     def generation(self) -> GenerationSpec:
         """What drawing a picture needs."""
-        facts = {k: v for k, v in self.manifest.model.items() if k != "origin"}
-        for key in ("latent_shape", "prompts"):
-            facts[key] = tuple(facts[key])
-        return GenerationSpec(tokenizer_dir=self.root / TOKENIZER, **facts)
+        return _generation(self.manifest.model, self.root / TOKENIZER)
 
     def graph(self, name: str) -> GraphSpec:
         for graph in self.manifest.graphs:
             if graph.name == name:
                 return graph
-        raise ValueError(f"graph {name!r} is not in the bundle; known: {[g.name for g in self.manifest.graphs]}")
+        raise ValueError(
+            f"graph {name!r} is not in the bundle; known: {[g.name for g in self.manifest.graphs]}"
+        )
 
     def reference(self) -> dict[str, NDArray[Any]]:
         """The seeded inputs and fp32 outputs the bundle carries, by ``prompt{i}/{graph}/{tensor}``."""
@@ -131,17 +144,27 @@ class Bundle:
     def graph_bytes(self) -> int:
         """Bytes of the graphs and weights alone: what a device downloads less tokenizer and reference."""
         return sum(
-            e.bytes for n, e in self.manifest.files.items() if n != REFERENCE and not n.startswith(TOKENIZER + "/")
+            e.bytes
+            for n, e in self.manifest.files.items()
+            if n != REFERENCE and not n.startswith(TOKENIZER + "/")
         )
 
 
 def inside(root: Path, name: str) -> Path:
     """``root/name``, or BundleError when that leaves the folder (``..``, absolute, or through a link)."""
-    pure = PurePosixPath(name)
-    path = root / name
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root.resolve()):
+    if not _stays(root, name):
         raise BundleError(f"bundle: {root}: file {name!r} leaves the bundle's folder")
-    return path
+    return root / name
+
+
+def _stays(root: Path, name: str) -> bool:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        return False
+    try:
+        return (root / name).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a loop of links
+        return False
 
 
 def _verify(root: Path, name: str, entry: FileEntry) -> None:
@@ -151,9 +174,12 @@ def _verify(root: Path, name: str, entry: FileEntry) -> None:
     actual = entry_of(path)
     if actual != entry:
         raise BundleError(
-            f"bundle: {root}: file {name!r} was changed: expected sha256 {entry.sha256[:12]}… and {entry.bytes} bytes, "
-            f"got {actual.sha256[:12]}… and {actual.bytes} bytes"
+            f"bundle: {root}: file {name!r} was changed: expected {_show(entry)}, got {_show(actual)}"
         )
+
+
+def _show(entry: FileEntry) -> str:
+    return f"sha256 {str(entry.sha256)[:12]}… and {entry.bytes} bytes"
 
 
 def entry_of(path: Path) -> FileEntry:
@@ -172,5 +198,3 @@ def write_reference(path: Path, arrays: dict[str, np.ndarray]) -> None:
     import numpy as np
 
     np.savez_compressed(path, **dict(sorted(arrays.items())))  # type: ignore[arg-type]
-
-
