@@ -831,3 +831,33 @@ def test_reading_a_package_imports_neither_torch_nor_coremltools(package: Path) 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 2
+
+
+def test_stable_diffusions_own_decoder(tmp_path: Path) -> None:
+    """AutoencoderKL's decoder, which the contract tests' checkpoint lacks: attention, group norms."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+        ).eval()
+    latent = normal(1, 4, 6, 6)
+    program = torch.export.export(vae.decoder, (tensor(latent),)).run_decompositions({})
+    model = ct.convert(
+        program,
+        inputs=[ct.TensorType(name="latent", shape=latent.shape, dtype=np.float32)],
+        outputs=[ct.TensorType(name="image", dtype=np.float32)],
+        minimum_deployment_target=IOS18,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    model.save(str(tmp_path / "decoder.mlpackage"))
+    got = MilInterpreter.open(tmp_path / "decoder.mlpackage").run({"latent": latent})["image"]
+    with torch.no_grad():
+        want = vae.decoder(tensor(latent)).numpy()
+    assert got.shape == (1, 3, 12, 12)
+    np.testing.assert_allclose(got, want, atol=1e-5)
