@@ -359,6 +359,22 @@ def test_ci_runs_make_test() -> None:
     assert "make test" in script.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_pages_link_to_what_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    assert [t for t in targets if not ((ROOT / page).parent / t).exists()] == []
+
+
+def test_commands_in_the_readme_parse() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("edgeflow ")]
+    assert {words[1] for words in commands} == set(VERBS)
+    for words in commands:
+        _parse(_verb(words[1]), words[2:])
+
+
 def test_licence_says_what_the_package_says() -> None:
     assert PROJECT["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
