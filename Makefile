@@ -59,7 +59,7 @@ lint: .venv/installed-dev
 # mypy cannot follow an editable install's map of folders, so the packages are laid out as one with links.
 types: .venv/installed-dev
 	@rm -rf build/types && mkdir -p build/types/edgeflow
-	@ln -s $(CURDIR)/edgeflow/* $(CURDIR)/training $(CURDIR)/exporters $(CURDIR)/runtimes build/types/edgeflow/
+	@ln -s "$(CURDIR)"/edgeflow/* "$(CURDIR)"/training "$(CURDIR)"/exporters "$(CURDIR)"/runtimes build/types/edgeflow/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 clean:
