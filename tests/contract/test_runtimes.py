@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from edgeflow import registry
 from edgeflow.bundle import Bundle, Manifest
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
-from edgeflow.export import LAYOUTS, PRECISIONS, export_model
+from edgeflow.export import LAYOUTS, PRECISIONS
 from edgeflow.registry import Runtime
 from edgeflow.runtimes import checks
 from edgeflow.spec import COMPONENTS, PIPELINE, GraphSpec, TensorSpec
@@ -38,32 +37,6 @@ def sqnr_db(reference: np.ndarray, got: np.ndarray) -> float:
     """10·log10 of signal power over error power."""
     signal, error = reference.astype(np.float64), reference.astype(np.float64) - got
     return float(10 * np.log10(np.square(signal).sum() / max(np.square(error).sum(), 1e-300)))
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
-    return Checkpoint.open(tiny_checkpoint)
-
-
-@pytest.fixture(scope="session")
-def bundles(
-    checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> Callable[[str], Path]:
-    """backend → the folder of its bundles, exported once however many processes run the tests."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base if worker_id == "master" else base.parent
-
-    def exported(backend: str) -> Path:
-        folder = shared / f"runtimes-{backend}"
-        with (shared / f"runtimes-{backend}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
-                export_model(
-                    checkpoint, backends=[backend], precisions=PRECISIONS, layouts=tuple(LAYOUTS), out=folder
-                )
-        return folder
-
-    return exported
 
 
 @pytest.fixture(scope="session")
