@@ -42,7 +42,7 @@ class CoreMLExporter:
             raise ExportError(f"export: coreml: {spec.name}: Core ML has no uint8; expected float32")
         package = folder / spec.file
         _convert(program, spec, precision).save(str(package))
-        _settle_spec(package / "Data" / _SPEC_FILE)
+        _settle_spec(package / "Data" / _SPEC_FILE, spec)
         _settle_manifest(package / "Manifest.json")
         return spec
 
@@ -66,10 +66,13 @@ def _convert(program: Program, spec: GraphSpec, precision: str) -> ct.models.MLM
     return model
 
 
-def _settle_spec(path: Path) -> None:
-    """Drop the conversion date and the like, and write map fields in a fixed order."""
+def _settle_spec(path: Path, spec: GraphSpec) -> None:
+    """Give inputs their names, drop the conversion date and the like, write map fields in a fixed order."""
     model = ct.proto.Model_pb2.Model()
     model.ParseFromString(path.read_bytes())
+    for tensor in spec.inputs:  # a converted program's inputs are called as the module's arguments
+        if tensor.key != tensor.name:
+            ct.utils.rename_feature(model, tensor.name, tensor.key, rename_outputs=False)
     model.description.metadata.ClearField("userDefined")
     path.write_bytes(model.SerializeToString(deterministic=True))
 
