@@ -65,7 +65,12 @@ class Step:
         self.rate = torch.tensor(config.learning_rate, device=device)
         self.decay = torch.tensor(0.0, device=device)
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=self.rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+            self.params,
+            lr=self.rate,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.99),
+            fused=True,
+            capturable=config.cuda_graph,
         )
         self.names: list[str] = []
         self.sums: Tensor | None = None

@@ -130,6 +130,7 @@ def load_parts(model: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
 def save_autoencoder(vae: AutoencoderTiny, folder: Path, facts: dict[str, Any]) -> None:
     """A checkpoint of the autoencoder alone."""
     vae.save_pretrained(folder / "vae")
+    _finish(folder)
     _write_index(folder, "AutoencoderTiny", {"vae": ["diffusers", "AutoencoderTiny"]}, facts)
 
 
@@ -139,6 +140,7 @@ def save_parts(parts: Parts, folder: Path, facts: dict[str, Any]) -> None:
     parts.unet.save_pretrained(folder / "unet")
     parts.text_encoder.save_pretrained(folder / "text_encoder")
     DDIMScheduler(**SD_SCHEDULE).save_pretrained(folder / "scheduler")
+    _finish(folder)
     target = folder / "tokenizer"
     target.mkdir()
     for file in sorted(parts.tokenizer_dir.iterdir()):
@@ -155,6 +157,16 @@ def save_parts(parts: Parts, folder: Path, facts: dict[str, Any]) -> None:
     }
     name = "StableDiffusionPipeline" if facts["kind"] == "diffusion" else "RectifiedFlowPipeline"
     _write_index(folder, name, index, facts)
+
+
+def _finish(folder: Path) -> None:
+    """Drop the paths that the libraries record of where a part came from, and make weights readable by all."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def _write_index(folder: Path, class_name: str, index: dict[str, Any], facts: dict[str, Any]) -> None:
