@@ -355,3 +355,43 @@ def test_the_reference_is_the_eager_components(bundle: Bundle, components: dict[
         np.testing.assert_allclose(reference[f"prompt{i}/pipeline/image"], picture, atol=1e-6)
         decoded = reference[f"prompt{i}/decoder/image"]
         np.testing.assert_allclose((decoded / 2 + 0.5).clip(0, 1), picture, atol=1e-5)
+
+
+def test_diffusers_own_onnx_model_runs_the_components(
+    bundles: Callable[[str], Path], components: dict[str, Component]
+) -> None:
+    """The client itself: diffusers' OnnxRuntimeModel finds the files and takes the names."""
+    from diffusers import OnnxRuntimeModel
+
+    root = bundles("onnx") / "onnx-components-fp16"
+    hidden = fresh_inputs(components["unet"], 0)
+    for folder, graph, names in (
+        ("text_encoder", "text_encoder", {}),
+        ("unet", "unet", {}),
+        ("vae_decoder", "decoder", {"latent": "latent_sample"}),
+    ):
+        model = OnnxRuntimeModel.from_pretrained(
+            root / folder, provider="CPUExecutionProvider", provider_options={}
+        )
+        inputs = hidden if graph == "unet" else fresh_inputs(components[graph], 0)
+        got = model(**{names.get(k, k): v for k, v in inputs.items()})[0]
+        (expected,) = components[graph].run(inputs).values()
+        assert sqnr_db(expected, got) >= SQNR_DB["fp16"]
+
+
+def test_many_weights_lie_in_one_file_beside_the_onnx_graph(
+    components: dict[str, Component], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeflow.exporters import to_onnx
+
+    monkeypatch.setattr(to_onnx, "INLINE_BYTES", 10_000)
+    graph = registry.exporter("onnx").lower(
+        build_program(components["decoder"]), tmp_path, precision="fp32", layout="components"
+    )
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["vae_decoder/model.onnx", "vae_decoder/model.onnx.data"]
+    assert (tmp_path / files[0]).stat().st_size < (tmp_path / files[1]).stat().st_size
+    (tmp_path / "vae_decoder").rename(tmp_path / "moved")
+    inputs = fresh_inputs(components["decoder"], 0)
+    got = run_onnx(tmp_path / "moved/model.onnx", {t.key: inputs[t.name] for t in graph.inputs})
+    assert sqnr_db(components["decoder"].run(inputs)["image"], got) >= SQNR_DB["fp32"]

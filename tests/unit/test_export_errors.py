@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -229,3 +233,34 @@ def test_the_command_prints_bundles_as_json(
     shutil.rmtree(tmp_path / "out")
     assert main(["export", str(checkpoint.root), *arguments[:3], *arguments[4:]]) == 0
     assert "plain-pipeline-fp32" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(
+    sent: signal.Signals, code: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "edgeflow.cli",
+        "export",
+        str(tiny_checkpoint),
+        "--to",
+        "onnx",
+        "-o",
+        str(out),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while (
+        not (out.is_dir() and any(out.iterdir())) and process.poll() is None and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    assert any(out.iterdir())  # it is at work: its hidden folder is there
+    process.send_signal(sent)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert printed == "" and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
