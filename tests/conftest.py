@@ -15,7 +15,7 @@ CAPTIONS = (
 
 
 def build_tiny_checkpoint(folder: Path, seed: int = 0, kind: str = "one-step") -> Path:
-    """Write a random one-step checkpoint of 32-pixel pictures and 8×8×4 latents; the same seed, the same bytes."""
+    """Write a random checkpoint of 32-pixel pictures and 8×8×4 latents; the same seed, the same bytes."""
     import torch
 
     from edgeflow.training import models

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from rich.console import Console
 from torch import Tensor
 
 from edgeflow.tokenizer import ClipTokenizer
 from edgeflow.training.dataset import open_dataset
+from edgeflow.training.models import Parts
+
+_LOG = logging.getLogger("edgeflow")
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,8 @@ class Corpus:
         """Load a split; unusable pictures are counted and named on stderr. Raises DataError."""
         loaded = open_dataset(data).load(split, size)
         if loaded.problems:
-            console = Console(stderr=True)
-            console.print(f"{len(loaded.problems)} pictures of {data} ({split}) cannot be used:")
-            for problem in loaded.problems:
-                console.print(f"  {problem}")
+            listed = "; ".join(map(str, loaded.problems))
+            _LOG.warning(f"{len(loaded.problems)} pictures of {data} ({split}) cannot be used: {listed}")
         return cls(torch.from_numpy(loaded.images).to(device), loaded.captions)
 
     def pictures(self, index: Tensor) -> Tensor:
@@ -49,6 +50,14 @@ def encode_captions(captions: Iterable[str], tokenizer_dir: Path, device: torch.
     """Token ids (N, L) int64, padded and cut at the tokenizer's own length."""
     tokenizer = ClipTokenizer.from_folder(tokenizer_dir)
     return torch.from_numpy(np.concatenate([tokenizer.encode(c) for c in captions])).to(device)
+
+
+@torch.no_grad()
+def caption_states(parts: Parts, captions: Sequence[str], device: torch.device) -> Tensor:
+    """Text-encoder states (N, L, D) float32 of every caption."""
+    encoder = parts.text_encoder.to(device)
+    ids = encode_captions(captions, parts.tokenizer_dir, device)
+    return torch.cat([encoder(i).last_hidden_state for i in ids.split(1024)])
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from edgeflow.spec import FIRST_TIMESTEP
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import random_index
-from edgeflow.training.flow_model import caption_states, draw_flow_sheet, save_flow, velocity_field
+from edgeflow.training.corpus import caption_states, random_index
+from edgeflow.training.flow_model import draw_flow_sheet, save_flow, velocity_field
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import PerceptualDistance, pseudo_huber
 from edgeflow.training.models import load_parts
@@ -86,4 +86,6 @@ class DistillObjective:
 
     def draw_sheet(self, path: Path) -> None:
         """One-step pictures of 32 prompts."""
-        draw_flow_sheet(path, self.parts, self.averaged["unet"], self.pairs.captions, (1,), self.config.loop.bf16)
+        draw_flow_sheet(
+            path, self.parts, self.averaged["unet"], self.pairs.captions, (1,), self.config.loop.bf16
+        )

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgeflow.training import emoji_curation as curation
-from edgeflow.training.data_card import data_card
-from edgeflow.training.dataset import SPLITS, write_shards
-from edgeflow.training.emoji_sources import SOURCES, IconSet, Source, fetch
 from PIL import Image
 
 from edgeflow.errors import BackendMissing, DataError, UsageError
 from edgeflow.staging import staged_folder
+from edgeflow.training import emoji_curation as curation
+from edgeflow.training.data_card import data_card
+from edgeflow.training.dataset import SPLITS, write_shards
+from edgeflow.training.emoji_sources import SOURCES, IconSet, Source, fetch
 
 SCHEMA = 1
 SIZES = (8, 1024)  # pixels, square

@@ -36,9 +36,10 @@ def euler(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
 
 
 def straightness(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
-    """S = ∫ ‖(z₁ − z₀) − v(z_τ, τ)‖² dτ along the flow's own Euler path, per sample (N,); 0 for straight lines.
+    """S = ∫ ‖(z₁ − z₀) − v(z_τ, τ)‖² dτ along the flow's own Euler path, per sample (N,).
 
-    InstaFlow (arXiv 2309.06380), section 2; a mean over steps, a sum over the latent's elements.
+    InstaFlow (arXiv 2309.06380), section 2: a mean over steps, a sum over the latent's
+    elements; 0 where every path is a straight line.
     """
     x, velocities = noise, []
     for i in range(num_steps):

@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from edgeflow.training import flow
-from edgeflow.training.corpus import encode_captions
+from edgeflow.training.corpus import caption_states
 from edgeflow.training.models import Parts, save_parts
-from edgeflow.training.pairs import seeded_noise
-from edgeflow.training.sampling import decode
+from edgeflow.training.sampling import decode, seeded_noise
 from edgeflow.training.sheet import draw_sheet, sheet_prompts
-
-
-@torch.no_grad()
-def caption_states(parts: Parts, captions: list[str], device: torch.device) -> Tensor:
-    """Text-encoder states (N, L, D) float32 of every caption."""
-    encoder = parts.text_encoder.to(device)
-    ids = encode_captions(captions, parts.tokenizer_dir, device)
-    return torch.cat([encoder(i).last_hidden_state for i in ids.split(1024)])
 
 
 def velocity_field(unet: nn.Module, text: Tensor) -> flow.Velocity:

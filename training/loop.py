@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from edgeflow.cli.options import show_progress
 from edgeflow.errors import OutputExistsError, TrainingError
 from edgeflow.staging import staged_folder
 from edgeflow.training.config import LoopConfig
@@ -172,19 +174,25 @@ def train(objective: Objective, config: LoopConfig, out: Path, device: torch.dev
     objective.draw_sheet(out / "sheet.png")
 
 
-def start_run(out: Path, config: dict[str, Any], *, force: bool, resume: bool) -> None:
-    """Make the run folder and record the configuration. Raises OutputExistsError, or TrainingError for a
-    --resume without a state to continue from."""
-    state = out / "state.pt"
-    if resume:
-        if not state.is_file():
-            raise TrainingError(f"resume: {out}: expected a run with state.pt, found none")
-    elif out.exists() and any(out.iterdir()) and not force:
+def check_run(out: Path, *, force: bool, resume: bool) -> None:
+    """Whether ``out`` can be this run's folder, before any work. Raises OutputExistsError, or TrainingError
+    for a --resume without a state to continue from."""
+    if resume and not (out / "state.pt").is_file():
+        raise TrainingError(f"resume: {out}: expected a run with state.pt, found none")
+    if not resume and out.exists() and (out.is_file() or any(out.iterdir())) and not force:
         raise OutputExistsError(out)
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def start_run(out: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Make the run folder and record the configuration."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"output: {out}: expected a writable folder, got: {error.strerror}") from error
     if not resume:
-        for stale in (state, out / "metrics.jsonl"):
-            stale.unlink(missing_ok=True)
+        for stale in ("state.pt", "metrics.jsonl", "sheet.png"):
+            (out / stale).unlink(missing_ok=True)
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -202,7 +210,11 @@ def _ema_decay(done: int, config: LoopConfig) -> float:
 def _check_finite(means: dict[str, float], done: int, out: Path) -> None:
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
-        kept = f"the last good state is {out / 'state.pt'}" if (out / "state.pt").is_file() else "no state was kept"
+        kept = (
+            f"the last good state is {out / 'state.pt'}"
+            if (out / "state.pt").is_file()
+            else "no state was kept"
+        )
         raise TrainingError(f"training: {out.name}: {', '.join(bad)} not finite by step {done}; {kept}")
 
 
@@ -244,5 +256,9 @@ def _progress() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     return Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not show_progress(),
     )

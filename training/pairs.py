@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edgeflow.cli.options import progress
 from edgeflow.errors import DataError, OutputExistsError
 from edgeflow.training.config import to_dict
-from edgeflow.training.corpus import encode_captions, read_captions, write_captions
+from edgeflow.training.corpus import caption_states, read_captions, write_captions
 from edgeflow.training.models import load_parts
-from edgeflow.training.sampling import decode, sample_teacher
+from edgeflow.training.sampling import decode, sample_teacher, seeded_noise
 from edgeflow.training.sheet import draw_sheet
 
 
@@ -75,78 +74,93 @@ class Pairs:
         return Pairs(self.noise[index], self.latent[index], self.caption[index], self.captions)
 
 
-def seeded_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """float32 (N, *shape): row i is ``torch.randn`` of a CPU generator seeded with ``seeds[i]``."""
-    rows = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds.tolist()]
-    return torch.stack(rows)
+class PairDrawer:
+    """A teacher and the captions it draws, on the device."""
+
+    def __init__(self, config: PairsConfig, teacher: Path, captions: list[str], device: torch.device):
+        self.config, self.captions, self.device = config, captions, device
+        parts = load_parts(teacher)
+        self.unet = parts.unet.to(device, memory_format=torch.channels_last)
+        self.vae = parts.vae.to(device)
+        self.text = caption_states(parts, captions, device)
+        self.empty = caption_states(parts, [""], device)
+        side = self.unet.config.sample_size
+        self.shape = (self.unet.config.in_channels, side, side)
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        """Latents float16 (N, C, h, w) of the pairs of these numbers, on the CPU."""
+        noise = seeded_noise(numbers + self.config.seed, self.shape).to(self.device)
+        text = self.text[(numbers % len(self.captions)).to(self.device)]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            x = sample_teacher(
+                self.unet, text, self.empty, noise, steps=self.config.steps, guidance=self.config.guidance
+            )
+        return x.half().cpu()
+
+    def draw_sheet(self, path: Path, latents: Tensor) -> None:
+        labels = [self.captions[i % len(self.captions)] for i in range(len(latents))]
+        draw_sheet(path, decode(self.vae, latents.float().to(self.device)), labels, columns=8)
 
 
-def draw_pairs(config: PairsConfig, teacher: Path, captions: list[str], out: Path, device: torch.device) -> int:
-    """Draw pairs into ``out``, whole shards at a time; a folder with shards of the same config is continued.
+def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path) -> int:
+    """Draw pairs into ``out``, whole shards at a time; shards that are there already are kept.
 
     Pair i takes caption i modulo their number, so every caption is drawn equally often. Returns the number
     of pairs on disk.
     """
-    parts = load_parts(teacher)
-    unet, vae = parts.unet.to(device, memory_format=torch.channels_last), parts.vae.to(device)
-    encoder = parts.text_encoder.to(device)
-    with torch.no_grad():
-        ids = encode_captions(captions, parts.tokenizer_dir, device)
-        text = torch.cat([encoder(i).last_hidden_state for i in ids.split(1024)])
-        empty = encoder(encode_captions([""], parts.tokenizer_dir, device)).last_hidden_state
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     per_shard = -(-config.shard_size // config.batch_size) * config.batch_size
-    starts = range(0, config.num_pairs, per_shard)
-    began = time.monotonic()
-    drawn = 0
-    for number, start in enumerate(track(starts, "pairs", console=Console(stderr=True), disable=not Console(stderr=True).is_terminal)):
+    began, drawn, on_disk = time.monotonic(), 0, 0
+    for number, start in enumerate(progress(range(0, config.num_pairs, per_shard), "pairs")):
         path = out / f"pairs-{number:05d}.safetensors"
-        end = min(start + per_shard, config.num_pairs)
         if path.is_file():
-            drawn = end
+            on_disk += len(load_file(path)["seed"])
             continue
-        latents = []
-        for first in range(start, end, config.batch_size):
+        latents: list[Tensor] = []
+        for numbers in torch.arange(start, min(start + per_shard, config.num_pairs)).split(config.batch_size):
             if config.minutes and time.monotonic() - began > 60 * config.minutes:
-                end = first
                 break
-            numbers = torch.arange(first, min(first + config.batch_size, end))
-            noise = seeded_noise(numbers + config.seed, shape).to(device)
-            states = text[(numbers % len(captions)).to(device)]
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                x = sample_teacher(unet, states, empty, noise, steps=config.steps, guidance=config.guidance)
-            latents.append(x.half().cpu())
+            latents.append(drawer.draw(numbers))
         if not latents:
             break
-        numbers = torch.arange(start, end)
-        shard = {"seed": numbers + config.seed, "caption": (numbers % len(captions)).int(), "latent": torch.cat(latents)}
-        _save_whole(shard, path)
-        drawn = end
+        latent = torch.cat(latents)
+        numbers = torch.arange(start, start + len(latent))
+        caption = (numbers % len(drawer.captions)).int()
+        _save_whole({"seed": numbers + config.seed, "caption": caption, "latent": latent}, path)
+        drawn, on_disk = drawn + len(latent), on_disk + len(latent)
         if number == 0:
-            labels = [captions[i % len(captions)] for i in range(min(32, end))]
-            draw_sheet(out / "sheet.png", decode(vae, shard["latent"][:32].float().to(device)), labels, columns=8)
+            drawer.draw_sheet(out / "sheet.png", latent[:32])
     seconds = time.monotonic() - began
     record = {"pairs": drawn, "seconds": round(seconds, 1), "pairs_per_s": round(drawn / seconds, 1)}
-    (out / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return drawn
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(record) + "\n")
+    return on_disk
 
 
 def start_pairs(out: Path, config: PairsConfig, captions: list[str], *, force: bool, resume: bool) -> None:
-    """Make the folder. Raises OutputExistsError, or DataError for a --resume with other captions or settings."""
-    text = json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+    """Make the folder. Raises OutputExistsError, or DataError for a --resume with other captions or
+    settings, or one whose last shard was cut short by --minutes (its pairs would be numbered twice)."""
     if out.exists() and any(out.iterdir()):
         if resume:
-            same = read_captions(out / "captions.json") == captions
-            if not same or _fixed(json.loads((out / "config.json").read_text())) != _fixed(to_dict(config)):
-                raise DataError(f"pairs: {out}: --resume wants the captions and settings the folder was begun with")
+            _check_continues(out, config, captions)
         elif not force:
             raise OutputExistsError(out)
         else:
-            for shard in out.glob("pairs-*.safetensors"):
-                shard.unlink()
+            for stale in (*out.glob("pairs-*.safetensors"), out / "metrics.jsonl"):
+                stale.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
     write_captions(out / "captions.json", captions)
+
+
+def _check_continues(out: Path, config: PairsConfig, captions: list[str]) -> None:
+    try:
+        begun = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        same = read_captions(out / "captions.json") == captions and _fixed(begun) == _fixed(to_dict(config))
+    except (OSError, ValueError) as error:
+        raise DataError(f"pairs: {out}: expected a folder of pairs to resume, got: {error}") from error
+    if not same:
+        raise DataError(f"pairs: {out}: --resume wants the captions and settings the folder was begun with")
 
 
 def _fixed(config: dict[str, object]) -> dict[str, object]:

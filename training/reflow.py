@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import random_index
-from edgeflow.training.flow_model import caption_states, draw_flow_sheet, save_flow
+from edgeflow.training.corpus import caption_states, random_index
+from edgeflow.training.flow_model import draw_flow_sheet, save_flow
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import pseudo_huber
 from edgeflow.training.models import load_parts
@@ -40,7 +40,7 @@ class ReflowObjective:
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         if self.parts.facts["kind"] == "diffusion":
-            # At τ = 0 the velocity is x₁ − x₀ and an ε-network predicts x₀: its negative is the nearest start.
+            # At τ = 0 the velocity is x₁ − x₀ and an ε-network predicts x₀: its negative is nearest.
             with torch.no_grad():
                 unet.conv_out.weight.neg_()
                 unet.conv_out.bias.neg_()
@@ -75,4 +75,6 @@ class ReflowObjective:
     def draw_sheet(self, path: Path) -> None:
         """The flow at 1, 2 and 25 Euler steps from the same noise."""
         counts = (1, 2, self.config.sample_steps)
-        draw_flow_sheet(path, self.parts, self.averaged["unet"], self.pairs.captions, counts, self.config.loop.bf16)
+        draw_flow_sheet(
+            path, self.parts, self.averaged["unet"], self.pairs.captions, counts, self.config.loop.bf16
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
-from edgeflow.training.loop import start_run, train
+from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import load_autoencoder
-from edgeflow.training.pairs import Pairs, draw_pairs, start_pairs
+from edgeflow.training.pairs import PairDrawer, Pairs, draw_pairs, start_pairs
 from edgeflow.training.presets import PRESETS, STAGES
 from edgeflow.training.reflow import ReflowObjective
 from edgeflow.training.teacher import TeacherObjective
@@ -70,8 +69,9 @@ def run_stage(request: Request) -> Path:
     torch.set_float32_matmul_precision("high")
     if request.stage == "pairs":
         return _run_pairs(request, config, device)
-    start_run(request.out, to_dict(config), force=request.force, resume=request.resume)
-    objective = _objective(request, config, device)
+    check_run(request.out, force=request.force, resume=request.resume)
+    objective = _objective(request, config, device)  # all inputs are read before anything is written
+    start_run(request.out, to_dict(config), resume=request.resume)
     train(objective, config.loop, request.out, device, request.resume)
     return request.out
 
@@ -123,7 +123,7 @@ def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
     size = int(Checkpoint.open(teacher).facts["picture_size"])
     captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
     start_pairs(request.out, config, captions, force=request.force, resume=request.resume)
-    if draw_pairs(config, teacher, captions, request.out, device) == 0:
+    if draw_pairs(config, PairDrawer(config, teacher, captions, device), request.out) == 0:
         raise TrainingError(f"pairs: {request.out}: no pair was drawn within {config.minutes} minutes")
     return request.out
 
@@ -139,7 +139,9 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
     if request.stage == "teacher":
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
-        return TeacherObjective(config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device)
+        return TeacherObjective(
+            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device
+        )
     assert request.pairs is not None
     kind = ReflowObjective if request.stage == "reflow" else DistillObjective
     return kind(config, source, Pairs.load(request.pairs, device), device)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
-from edgeflow.training.models import SD_SCHEDULE
+from edgeflow.training.models import dpm_solver
 
 
-def dpm_solver() -> DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M) on Stable Diffusion's schedule (Lu et al. 2022, arXiv 2211.01095)."""
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    return DPMSolverMultistepScheduler(**{k: SD_SCHEDULE[k] for k in keys}, steps_offset=1)
+def seeded_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32 (N, *shape): row i is ``torch.randn`` of a CPU generator seeded with ``seeds[i]``."""
+    rows = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds.tolist()]
+    return torch.stack(rows)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -293,6 +294,15 @@ def test_a_byte_picture(
     assert got.dtype == np.uint8
     assert np.abs(expected - got).max() <= 1
     assert np.mean(expected == got) > (0.99 if precision == "fp32" else 0.9)
+
+
+def test_a_core_ml_package_holds_what_its_manifest_lists(bundles: Callable[[str], Path]) -> None:
+    package = bundles("coreml") / "coreml-pipeline-fp16" / "Pipeline.mlpackage"
+    manifest = json.loads((package / "Manifest.json").read_text())
+    listed = {item["path"] for item in manifest["itemInfoEntries"].values()}
+    held = {p.relative_to(package / "Data").as_posix() for p in (package / "Data").rglob("*")}
+    assert listed <= held and manifest["rootModelIdentifier"] in manifest["itemInfoEntries"]
+    assert sorted(p.name for p in package.iterdir()) == ["Data", "Manifest.json"]
 
 
 def test_core_ml_has_no_byte_picture(components: dict[str, Component], tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgeflow.training.dataset import Problem, fit_square, open_dataset, write_shards
 from PIL import Image
 
 from edgeflow.errors import DataError
+from edgeflow.training.dataset import Problem, fit_square, open_dataset, write_shards
 
 
 def picture(colour: tuple[int, ...], size: tuple[int, int] = (16, 16), kind: str = "PNG") -> bytes:

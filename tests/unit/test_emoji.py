@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
+from edgeflow.errors import DataError, OutputExistsError, UsageError
 from edgeflow.training import emoji_curation as curation
 from edgeflow.training.dataset import open_dataset
 from edgeflow.training.emoji import build_emoji
 from edgeflow.training.emoji_names import NameTable
 from edgeflow.training.emoji_sources import SOURCES, Icon, IconSet, Source, fetch, read_icons, read_package
-
-from edgeflow.errors import DataError, OutputExistsError, UsageError
 
 pytest.importorskip("resvg_py")
 pytest.importorskip("webdataset")

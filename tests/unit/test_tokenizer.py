@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgeflow.training.vocabulary import train_vocabulary
 
 from edgeflow.errors import CheckpointError, UsageError
 from edgeflow.tokenizer import ClipTokenizer
+from edgeflow.training.vocabulary import train_vocabulary
 
 CAPTIONS = [
     "grinning face with big eyes, noto style",

@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
-from edgeflow.training.vocabulary import FIXED_ENTRIES, byte_alphabet, learn_merges, train_vocabulary
 
 from edgeflow.errors import DataError, OutputExistsError
+from edgeflow.training.vocabulary import FIXED_ENTRIES, byte_alphabet, learn_merges, train_vocabulary
 
 CAPTIONS = [
     "grinning face with big eyes, noto style",

@@ -1,0 +1,178 @@
+"""``edgeflow train``: the five stages from files to files, at the preset ``tiny`` on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.cli import main
+from edgeflow.cli.train import command
+from edgeflow.generate import Generator
+from edgeflow.training.flow import euler
+from edgeflow.training.models import load_parts
+from edgeflow.training.pairs import Pairs
+from edgeflow.training.sampling import seeded_noise
+
+COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (40, 60, 220), "yellow": (250, 220, 40)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imagefolder of 12 coloured shapes, and one picture that cannot be read."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for colour, rgb in COLOURS.items():
+        for shape in ("circle", "square", "line"):
+            picture = Image.new("RGB", (32, 32), "white")
+            draw = ImageDraw.Draw(picture)
+            {"circle": draw.ellipse, "square": draw.rectangle, "line": draw.line}[shape](
+                (6, 6, 25, 25), fill=rgb
+            )
+            picture.save(folder / f"{colour}-{shape}.png")
+            rows.append({"file_name": f"{colour}-{shape}.png", "text": f"{colour} {shape}"})
+    (folder / "broken.png").write_bytes(b"no picture")
+    rows.append({"file_name": "broken.png", "text": "broken"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def train(*arguments: object) -> None:
+    result = CliRunner().invoke(
+        command, [str(a) for a in (*arguments, "--preset", "tiny", "--device", "cpu")]
+    )
+    assert result.exit_code == 0, result.output + str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folders of all five stages."""
+    out = tmp_path_factory.mktemp("runs")
+    train("autoencoder", "--data", data, "-o", out / "autoencoder")
+    train("teacher", "--data", data, "--from", out / "autoencoder", "-o", out / "teacher")
+    train("pairs", "--data", data, "--from", out / "teacher", "-o", out / "pairs")
+    train("reflow", "--from", out / "teacher", "--pairs", out / "pairs", "-o", out / "reflow")
+    train("distill", "--from", out / "reflow", "--pairs", out / "pairs", "-o", out / "distill")
+    return out
+
+
+def test_every_stage_leaves_its_files(runs: Path) -> None:
+    kinds = {
+        "autoencoder": "autoencoder",
+        "teacher": "diffusion",
+        "reflow": "rectified-flow",
+        "distill": "one-step",
+    }
+    for stage, kind in kinds.items():
+        assert Checkpoint.open(runs / stage / "checkpoint").kind == kind
+        lines = [json.loads(x) for x in (runs / stage / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((runs / stage / "config.json").read_text())
+        assert lines[-1]["step"] == config["loop"]["steps"]
+    for stage in (*kinds, "pairs"):
+        assert np.asarray(Image.open(runs / stage / "sheet.png")).std() > 1
+
+
+def test_pairs_are_the_teachers_pictures_of_seeded_noise(runs: Path) -> None:
+    """Every stored latent is drawn again from its seed and caption by diffusers' own pipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    config = json.loads((runs / "pairs" / "config.json").read_text())
+    captions = json.loads((runs / "pairs" / "captions.json").read_text())
+    shard = load_file(sorted((runs / "pairs").glob("*.safetensors"))[1])
+    assert shard["seed"].tolist() == list(range(16, 32))
+    pipeline = StableDiffusionPipeline.from_pretrained(runs / "teacher" / "checkpoint", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    for i in (0, 7):
+        drawn = pipeline(
+            captions[shard["caption"][i]],
+            num_inference_steps=config["steps"],
+            guidance_scale=config["guidance"],
+            latents=seeded_noise(shard["seed"][i : i + 1], (8, 8, 8)),
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(shard["latent"][i].float(), drawn[0], rtol=2e-3, atol=2e-3)
+
+
+def test_the_one_step_model_draws_its_own_one_step(runs: Path) -> None:
+    """``edgeflow generate``'s picture is decode(x₀ + v(x₀, 1000)) written out with the parts."""
+    folder = runs / "distill" / "checkpoint"
+    picture = Generator.open(folder).draw("red circle", seed=5)
+    parts = load_parts(folder)
+    from transformers import CLIPTokenizer
+
+    ids = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
+        "red circle", padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        text = parts.text_encoder(ids).last_hidden_state
+        noise = seeded_noise(torch.tensor([5]), (8, 8, 8))
+        latent = euler(lambda x, t: parts.unet(x, t, text).sample, noise, 1)
+        image = parts.vae.decode(latent / parts.vae.config.scaling_factor).sample
+    wanted = (image[0].clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).numpy() * 255
+    assert np.abs(picture.pixels.astype(float) - wanted).max() <= 0.51
+
+
+def test_reflow_starts_from_the_teacher(runs: Path) -> None:
+    """Ten steps from the teacher's weights (its last layer negated) stay nearer to them than to none."""
+    teacher = load_file(runs / "teacher" / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+    student = load_file(runs / "reflow" / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, weight in teacher.items():
+        wanted = -weight if name.startswith("conv_out") else weight
+        assert (student[name] - wanted).abs().mean() < 0.02
+
+
+def test_a_run_goes_on_with_more_steps(runs: Path, data: Path, tmp_path: Path) -> None:
+    """Six steps and four more are ten: the same weights as the uninterrupted run, bit for bit."""
+    out = tmp_path / "autoencoder"
+    train("autoencoder", "--data", data, "-o", out, "--steps", 6)
+    train("autoencoder", "--data", data, "-o", out, "--resume")
+    name = Path("checkpoint", "vae", "diffusion_pytorch_model.safetensors")
+    assert (out / name).read_bytes() == (runs / "autoencoder" / name).read_bytes()
+
+
+def test_pairs_go_on_where_they_stopped(runs: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    arguments = ("pairs", "--data", data, "--from", runs / "teacher", "-o", out)
+    train(*arguments, "--steps", 16)
+    train(*arguments, "--resume")
+    whole, parts = (Pairs.load(f, torch.device("cpu")) for f in (runs / "pairs", out))
+    assert torch.equal(whole.latent, parts.latent) and torch.equal(whole.noise, parts.noise)
+
+
+def test_bad_requests_are_one_sentence(
+    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, here = str(tmp_path / "out"), str(data)
+    cases = {
+        ("train", "fly", "-o", out): (2, "stage 'fly' is not known"),
+        ("train", "teacher", "-o", out): (2, "needs --data DIR, --from RUN"),
+        ("train", "reflow", "--preset", "huge", "-o", out): (
+            2,
+            "preset 'huge' is not known; known: emoji, tiny",
+        ),
+        ("train", "pairs", "--data", here, "--from", str(runs / "distill"), "-o", out): (
+            2,
+            "got one-step",
+        ),
+        ("train", "autoencoder", "--preset", "tiny", "--data", f"{here}/no", "-o", out): (1, "no"),
+        ("train", "autoencoder", "--data", str(data), "--device", "cpu", "-o", out): (
+            2,
+            "expected a CUDA device",
+        ),
+        (
+            *("train", "reflow", "--preset", "tiny", "--from", str(runs / "teacher")),
+            *("--pairs", str(data), "-o", out),
+        ): (1, "expected captions.json and pairs-*.safetensors"),
+    }
+    for arguments, (code, words) in cases.items():
+        assert main(list(arguments)) == code, arguments
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert words in message and message.startswith("error: ")
+        assert not Path(out).exists(), "a refused request left something behind"
