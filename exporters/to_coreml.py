@@ -26,6 +26,8 @@ from edgeflow.spec import GraphSpec  # noqa: E402
 TARGET = ct.target.iOS18
 _PRECISION = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 _SPEC_FILE = "com.apple.CoreML/model.mlmodel"
+#: coremltools leaves it in packages of exported programs; nothing that runs a package reads it.
+_DEBUG_FILE = "executorch_debug_handle_mapping.json"
 
 
 class CoreMLExporter:
@@ -44,6 +46,7 @@ class CoreMLExporter:
         _convert(program, spec, precision).save(str(package))
         _settle_spec(package / "Data" / _SPEC_FILE, spec)
         _settle_manifest(package / "Manifest.json")
+        (package / _DEBUG_FILE).unlink(missing_ok=True)
         return spec
 
 
