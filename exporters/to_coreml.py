@@ -77,6 +77,7 @@ def _settle_spec(path: Path, spec: GraphSpec) -> None:
         if tensor.key != tensor.name:
             ct.utils.rename_feature(model, tensor.name, tensor.key, rename_outputs=False)
     model.description.metadata.ClearField("userDefined")
+    path.unlink()  # the converter makes it readable by its owner alone
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
