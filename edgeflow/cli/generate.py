@@ -71,6 +71,8 @@ def command(
     MODEL_OR_BUNDLE is a built-in model (emoji), a checkpoint folder, a hub id, or an exported bundle. Every
     prompt is drawn from the same seed; the same seed gives the same noise on every runtime. Each PNG
     records its prompt, seed, model, checkpoint hash, runtime and versions. Prints the paths written.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
     """
     jobs = _jobs([*prompts, *_lines(prompts_file)], seed, count)
     single = grid or len(jobs) == 1

@@ -26,6 +26,8 @@ def command(path: str, as_json: bool) -> None:
 
     PATH_OR_NAME is a built-in model (emoji), a checkpoint folder, a hub id, or an exported bundle. Opening
     it verifies it: a checkpoint's files are whole, a bundle's have the hashes its manifest says.
+
+    Exit codes: 0 done, 1 failed, 2 usage.
     """
     from edgeflow.inspect import describe
 
