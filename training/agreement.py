@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 _WIDTH = 128  # of the joint space
 _HIDDEN = 512
-_STEPS = 600
+_STEPS = 300
 _BATCH_SIZE = 512
 
 
