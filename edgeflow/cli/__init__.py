@@ -28,6 +28,7 @@ VERBS = {
     "export": "Turn a checkpoint into bundles for ONNX, OpenVINO and Core ML.",
     "generate": "Draw pictures from prompts.",
     "parity": "Measure how close each bundle is to PyTorch.",
+    "quality": "Measure how good a model's pictures are.",
     "inspect": "Say what a checkpoint or a bundle is.",
 }
 
@@ -40,6 +41,7 @@ _EXTRAS = {
     "coremltools": "coreml",
     "webdataset": "train",
     "resvg_py": "train",
+    "torchmetrics": "train",
     **dict.fromkeys(
         ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "torchao"), "export"
     ),
