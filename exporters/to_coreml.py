@@ -18,6 +18,7 @@ logging.getLogger("coremltools").setLevel(logging.ERROR)  # off macOS it reports
 import coremltools as ct  # noqa: E402
 
 from edgeflow.errors import ExportError  # noqa: E402
+from edgeflow.exporters import coreml_dequantize  # noqa: E402
 from edgeflow.exporters.layouts import APPLE, graph_spec  # noqa: E402
 from edgeflow.exporters.program import Program  # noqa: E402
 from edgeflow.spec import GraphSpec  # noqa: E402
@@ -26,6 +27,9 @@ from edgeflow.spec import GraphSpec  # noqa: E402
 TARGET = ct.target.iOS18
 _PRECISION = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 _SPEC_FILE = "com.apple.CoreML/model.mlmodel"
+
+
+coreml_dequantize.register()
 
 
 class CoreMLExporter:

@@ -32,7 +32,9 @@ HEAVY = {
     "transformers", "diffusers", "safetensors", "huggingface_hub", "accelerate", "webdataset",
 }  # fmt: skip
 #: Parts of edgeflow whose import brings a backend, so the spine may not import them at import time.
-BACKEND_SIDE = ("edgeflow.components", "edgeflow.training", "edgeflow.exporters", "edgeflow.runtimes")
+BACKEND_SIDE = ("edgeflow.components", "edgeflow.quantization.apply", "edgeflow.quantization.layers", "edgeflow.training", "edgeflow.exporters", "edgeflow.runtimes")
+#: The spine's files that are torch's side themselves.
+TORCH_SIDE = ("edgeflow/components.py", "edgeflow/quantization/apply.py", "edgeflow/quantization/layers.py")
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
 OWN_BACKEND = {
     "onnx_": {"onnxruntime"},
@@ -86,7 +88,7 @@ def broken_import_rules(path: Path, source: str) -> list[str]:
         broken += [f"{m}: not this runtime's backend" for m in tops(everything) - allowed]
     other = {"runtimes": "edgeflow.exporters", "exporters": "edgeflow.runtimes"}.get(folder)
     broken += [f"{m}: the other seam" for m in everything if other and inside(m, other)]
-    if folder == "edgeflow" and path.name != "components.py":
+    if folder == "edgeflow" and path.as_posix() not in TORCH_SIDE:
         early = imports(source, at_import_time=True)
         broken += [f"{m}: a backend at import time" for m in tops(early) & HEAVY]
         broken += [
