@@ -6,7 +6,8 @@
      "picture_size": 128, "prompts": ["…"], "training": {…},
      "quantization": {"recipe": {…}, "source": {"name": "…", "hash": "…"}}}
 
-``quantization`` is there where weights are integers (edgeflow.quantization). ``kind`` is one of KINDS. A folder without it (the published InstaFlow) is read from its pipeline's class.
+``quantization`` is there where weights are integers (edgeflow.quantization). ``kind`` is one of KINDS.
+A folder without it (the published InstaFlow) is read from its pipeline's class.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class Checkpoint:
         return {name: tensor for header in by_file.values() for name, tensor in header.items()}
 
     def num_parameters(self, part: str) -> int:
-        """Number of weights of a part, from the safetensors headers alone; scales and zero points are none."""
+        """Number of weights of a part, from the safetensors headers alone; scales are none."""
         own = (INTEGERS, SCALE, ZERO_POINT)
         floats = sum(t.numel for name, t in self.stored_tensors(part).items() if not name.endswith(own))
         return floats + sum(layer.numel for layer in self.quantized_layers(part).values())
@@ -190,7 +191,8 @@ class Checkpoint:
         """sha256 over all that decides the picture.
 
         That is: kind, steps, guidance; the name and content of every config, weight and tokenizer file; a
-        many-step model's scheduler; a quantized one's recipe. Files that nothing reads do not count, nor do licence and origin.
+        many-step model's scheduler; a quantized one's recipe. Files that nothing reads do not count, nor do
+        licence and origin.
         """
         digest = sha256()
         facts = {key: self.facts[key] for key in ("kind", "steps", "guidance")}

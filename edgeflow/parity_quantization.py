@@ -31,7 +31,7 @@ def quantization_rows(
     """SQNR of every component and PSNR of the picture, once a model; nothing for a bundle without a recipe.
 
     ``checkpoint`` is the one the bundle was exported from, ``given`` the float one where it was named; by
-    default it is the source that the checkpoint names, if that is there. One row that says why where it is not.
+    default it is the source that the checkpoint names, if that is there, else one row says why it is not.
     Raises CheckpointError when ``given`` is not what was quantized.
     """
     recipe, spec = bundle.manifest.recipe, bundle.generation
@@ -65,7 +65,9 @@ def quantization_rows(
             gate = recipe.get("gates", {}).get(metric) if graph == PIPELINE else None
             pairs = zip(outputs, reference.samples, strict=True)
             values = tuple(_compare(metric, floats, sample.output(graph)) for floats, sample in pairs)
-            row = replace(blank, component=graph, against=FLOAT_CHECKPOINT, metric=metric, gate=gate, values=values)
+            row = replace(
+                blank, component=graph, against=FLOAT_CHECKPOINT, metric=metric, gate=gate, values=values
+            )
             rows.append(replace(row, status=judged(row)))
     return rows
 
@@ -91,8 +93,8 @@ def _source(
     if given is not None:
         if given.hash != expected:
             raise CheckpointError(
-                f"parity: {checkpoint.name}: expected the checkpoint it was quantized from, {expected[:12]}…, "
-                f"got {given.name}, {given.hash[:12]}…"
+                f"parity: {checkpoint.name}: expected the checkpoint it was quantized from, "
+                f"{expected[:12]}…, got {given.name}, {given.hash[:12]}…"
             )
         return given, None
     absent = f"the float checkpoint {name} is absent; name it with --unquantized"

@@ -1,4 +1,4 @@
-"""``edgeflow::dequantize`` as Core ML's ``constexpr_blockwise_shift_scale`` (iOS 18): scale · (data − offset)."""
+"""``edgeflow::dequantize`` as Core ML's ``constexpr_blockwise_shift_scale`` (iOS 18)."""
 
 from __future__ import annotations
 

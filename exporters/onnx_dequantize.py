@@ -1,4 +1,4 @@
-"""``edgeflow::dequantize`` as ONNX's ``DequantizeLinear`` (opset 21): int8 per axis, int4 in blocks along axis 1."""
+"""``edgeflow::dequantize`` as ONNX's ``DequantizeLinear`` (opset 21): int8 per axis, int4 in blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRANSLATIONS = {dequantize_op(): _translate}
 
 
 def settle(model: ir.Model, program: Program) -> None:
-    """Give every DequantizeLinear that came from the op its axis or block, and constants of their true width."""
+    """Give every DequantizeLinear its axis or block, and its constants their true width."""
     widths = _widths(program)
     done: set[str] = set()
     for node in model.graph:

@@ -1,4 +1,4 @@
-"""``edgeflow::dequantize`` as OpenVINO's compressed constant: Constant (i8 or i4) → Convert → [Subtract] → Multiply.
+"""``edgeflow::dequantize`` as OpenVINO's compressed constant: i8 or i4 → Convert → [Subtract] → Multiply.
 
 A weight in groups is cut along an axis of its own, (O, I, …) → (O, G, I/G, …), so that scales broadcast, and
 brought back by a Reshape. In an fp16 bundle all of this is float16, with a Convert to float32 at the end, as

@@ -24,8 +24,8 @@ from edgeflow.cli import options
 @click.option(
     "--unquantized",
     metavar="MODEL",
-    help="The float checkpoint that a quantized one was made from, for the quantization gap. By default the one "
-    "that the quantized checkpoint names.",
+    help="The float checkpoint that a quantized one was made from, for the quantization gap. By default the "
+    "one that the quantized checkpoint names.",
 )
 @click.option("--runtime", metavar="NAME", help="The runtime to measure; by default the bundle's own.")
 @click.option(

@@ -81,4 +81,6 @@ def _print(report: QuantizationReport, out: Path, before: int, after: int) -> No
     console.print(table)
     for note in report.notes:
         console.print(note)
-    console.print(f"{out}: {before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB after, recipe {report.recipe}")
+    console.print(
+        f"{out}: {before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB after, recipe {report.recipe}"
+    )

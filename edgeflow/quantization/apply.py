@@ -79,7 +79,9 @@ def quantize_checkpoint(
 
     if checkpoint.quantization is not None:
         name = checkpoint.quantization["recipe"]["name"]
-        raise UsageError(f"quantize: {checkpoint.name}: expected a float checkpoint, got one quantized by {name!r}")
+        raise UsageError(
+            f"quantize: {checkpoint.name}: expected a float checkpoint, got one quantized by {name!r}"
+        )
     check_exportable(checkpoint)
     with staged_folder(out, force=force) as stage:
         progress("loading the checkpoint")
@@ -103,7 +105,9 @@ def quantize_checkpoint(
 def plan_for(recipe: Recipe, modules: dict[str, nn.Module]) -> Plan:
     """The recipe's plan for a model's modules, by part. Raises ConfigError as recipe.plan does."""
     shapes = {
-        component: {name: tuple(layer.weight.shape) for name, layer in layers_of(component, modules[part]).items()}
+        component: {
+            name: tuple(layer.weight.shape) for name, layer in layers_of(component, modules[part]).items()
+        }
         for component, (part, _) in PLACES.items()
     }
     return recipes.plan(recipe, shapes)
@@ -179,7 +183,7 @@ def _write_rest(checkpoint: Checkpoint, recipe: Recipe, stage: Path) -> None:
 
 
 def load_integers(checkpoint: Checkpoint, part: str) -> dict[str, dict[str, np.ndarray]]:
-    """Layer → ``q`` int8 (unpacked, in the weight's shape), ``scale`` float16, ``zero_point`` int8 or absent."""
+    """Layer → ``q`` int8 (unpacked, in the weight's shape), ``scale`` float16, maybe ``zero_point`` int8."""
     state = _stored_state(checkpoint, part)
     keys = {"q": INTEGERS, "scale": SCALE, "zero_point": ZERO_POINT}
     found = {}
@@ -192,7 +196,7 @@ def load_integers(checkpoint: Checkpoint, part: str) -> dict[str, dict[str, np.n
 
 
 def load_quantized(checkpoint: Checkpoint, part: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """The part's module with its quantized layers in place; ``make`` builds it from its config, weights unset.
+    """The part's module with its quantized layers in place; ``make`` builds it, weights still to come.
 
     Raises CheckpointError when weights and config disagree.
     """
@@ -205,7 +209,9 @@ def load_quantized(checkpoint: Checkpoint, part: str, make: Callable[[], nn.Modu
         q, scale = state.pop(f"{name}.{INTEGERS}"), state.pop(f"{name}.{SCALE}")
         zero = state.pop(f"{name}.{ZERO_POINT}", None)
         try:
-            replace_weight(layers[name], unpack(q) if stored.bits == 4 else q, scale.float(), zero, stored.bits)
+            replace_weight(
+                layers[name], unpack(q) if stored.bits == 4 else q, scale.float(), zero, stored.bits
+            )
         except ValueError as error:
             raise CheckpointError(f"checkpoint: {where}: quantized layer {name!r}: {error}") from error
     own = {name.removeprefix(_WRAPPER): name for name in module.state_dict()}

@@ -22,12 +22,14 @@ INTEGERS, SCALE, ZERO_POINT = "weight_q", "weight_scale", "weight_zero_point"
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """(q − zero_point) · scale in float32.
 
-    q (O, I, …) int8 holds integers of ``bits`` bits, 4 or 8; scale and zero_point (int8) have q's axes, each as
-    long as q's or a whole number of times shorter, which is the block's size along it.
+    q (O, I, …) int8 holds integers of ``bits`` bits, 4 or 8; scale and zero_point (int8) have q's axes, each
+    as long as q's or a whole number of times shorter, which is the block's size along it.
     """
     block = [n // s for n, s in zip(q.shape, scale.shape, strict=True)]
     limits = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-    return dequantize_affine(q, tuple(block), scale, zero_point, torch.int8, *limits, output_dtype=torch.float32)
+    return dequantize_affine(
+        q, tuple(block), scale, zero_point, torch.int8, *limits, output_dtype=torch.float32
+    )
 
 
 @dequantize.register_fake
@@ -78,9 +80,7 @@ def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def replace_weight(
-    layer: nn.Module, q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
-) -> None:
+def replace_weight(layer: nn.Module, q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> None:
     """Turn a layer into the one whose weight is these integers, in place; see ``dequantize`` for shapes."""
     if tuple(q.shape) != tuple(layer.weight.shape):  # type: ignore[arg-type]
         raise ValueError(f"expected integers of shape {tuple(layer.weight.shape)}, got {tuple(q.shape)}")  # type: ignore[arg-type]

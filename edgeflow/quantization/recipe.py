@@ -7,10 +7,11 @@
                {"component": "unet", "pattern": "*", "scheme": "w4g32", "fallback": "w8"}],
      "gates": {"sqnr_db": 20}, "found_by": "…", "measured": {…}}
 
-A layer takes the scheme of the first rule of its component whose pattern (``*``, ``?``, ``[…]`` over the whole
-name, dots included) matches its name; a layer without a rule stays float, as with the scheme ``float``. A rule
-that no layer takes is an error, or a line of the report where it says ``"unmatched": "report"``. A layer that does
-not divide into groups takes the rule's ``fallback`` scheme and is reported; without one it is an error.
+A layer takes the scheme of the first rule of its component whose pattern (``*``, ``?``, ``[…]`` over the
+whole name, dots included) matches its name; a layer without a rule stays float, as with the scheme ``float``.
+A rule that no layer takes is an error, or a line of the report where it says ``"unmatched": "report"``. A
+layer that does not divide into groups takes the rule's ``fallback`` scheme and is reported; without one it is
+an error.
 ``gates`` (optional) is what the quantization gap must hold at the pipeline's picture; ``found_by`` and
 ``measured`` say where the recipe comes from and are free in form.
 """
@@ -92,7 +93,9 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         raise ConfigError(f"recipe: {where}: expected a JSON object, got a {type(raw).__name__}")
     if raw.get("schema") != SCHEMA:
         raise ConfigError(f"recipe: {where}: expected schema {SCHEMA}, got {raw.get('schema')!r}")
-    wrong = [f"key {key!r} is not known; known: {', '.join(sorted(_KEYS))}" for key in sorted(set(raw) - _KEYS)]
+    wrong = [
+        f"key {key!r} is not known; known: {', '.join(sorted(_KEYS))}" for key in sorted(set(raw) - _KEYS)
+    ]
     if not isinstance(raw.get("name"), str) or not raw["name"].strip():
         wrong.append(f"name: expected a text, got {raw.get('name')!r}")
     gates = raw.get("gates", {})
@@ -114,7 +117,10 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
 def _wrong_rule(rule: Any) -> list[str]:
     if not isinstance(rule, dict):
         return [f"expected a JSON object, got {rule!r}"]
-    wrong = [f"key {key!r} is not known; known: {', '.join(sorted(_RULE_KEYS))}" for key in sorted(set(rule) - _RULE_KEYS)]
+    wrong = [
+        f"key {key!r} is not known; known: {', '.join(sorted(_RULE_KEYS))}"
+        for key in sorted(set(rule) - _RULE_KEYS)
+    ]
     known = {
         "component": COMPONENTS,
         "scheme": (*SCHEMES, FLOAT),

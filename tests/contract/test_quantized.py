@@ -1,4 +1,4 @@
-"""The same bits everywhere: a quantized checkpoint's integers, scales and zero points, read back from artifacts.
+"""The same bits everywhere: a checkpoint's integers, scales and zero points, read back from artifacts.
 
 The artifacts are read by their own formats' tools: onnx, OpenVINO's IR, and the Core ML package's protobuf.
 """
@@ -6,8 +6,6 @@ The artifacts are read by their own formats' tools: onnx, OpenVINO's IR, and the
 from __future__ import annotations
 
 import collections
-import fcntl
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,9 @@ def key(q: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) ->
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Bundle]]:
+def exported(
+    checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Bundle]]:
     """backend → its two quantized bundles; each backend is exported once."""
     folder = tmp_path_factory.mktemp("quantized")
     quantize_checkpoint(checkpoint, parse_recipe(RECIPE, "test"), folder / "model")
@@ -78,7 +78,7 @@ def model_of(bundle: Bundle) -> Checkpoint:
 
 
 def stored(model: Checkpoint) -> collections.Counter[Weight]:
-    """What the checkpoint holds of the layers that the pipeline's graph has: the time embedding is folded away."""
+    """What the checkpoint holds of the layers that the pipeline has: the time embedding is folded away."""
     weights: collections.Counter[Weight] = collections.Counter()
     for part in ("text_encoder", "unet", "vae"):
         layers = model.quantized_layers(part)
@@ -128,7 +128,9 @@ def read_openvino(path: Path) -> list[Weight]:
             return np.array(constant.data), 8
         assert constant.get_element_type() == openvino.Type.i4
         packed = np.array(constant.data).reshape(-1).view(np.uint8)
-        values = np.stack((packed & 15, packed >> 4), 1).reshape(-1)[: np.prod(constant.shape)].astype(np.int8)
+        values = (
+            np.stack((packed & 15, packed >> 4), 1).reshape(-1)[: np.prod(constant.shape)].astype(np.int8)
+        )
         return (values - 16 * (values > 7)).astype(np.int8).reshape(tuple(constant.shape)), 4
 
     found = []
@@ -154,32 +156,30 @@ def read_openvino(path: Path) -> list[Weight]:
 def read_coreml(path: Path) -> list[Weight]:
     from edgeflow.runtimes.mil_reader import Constant, read_package
 
+    operations = [op for op in read_package(path).operations if op.type.startswith("constexpr")]
     found = []
-    program = read_package(path)
-    constants = {
-        op.outputs[0].name: op.parameters["val"][0].value  # type: ignore[union-attr]
-        for op in program.operations
-        if op.type == "const"
-    }
-    for op in program.operations:
-        if not op.type.startswith("constexpr"):
-            continue
+    for op, bits in zip(operations, _coreml_bits(path), strict=True):
         assert op.type == "constexpr_blockwise_shift_scale"
-        given = {k: v[0].value if isinstance(v[0], Constant) else constants[v[0]] for k, v in op.parameters.items()}
-        # The reader gives int4 as int8, so the width is told by the blocks: every w4 scheme here has groups.
-        bits = 4 if given["scale"].shape[1] > 1 or given["data"].shape[1] == 32 and _is_int4(path, op) else 8
-        found.append(key(given["data"], given["scale"], given.get("offset"), bits))
+        values = {
+            name: given[0].value for name, given in op.parameters.items() if isinstance(given[0], Constant)
+        }
+        found.append(key(values["data"], values["scale"], values.get("offset"), bits))
     return found
 
 
-def _is_int4(path: Path, op: Any) -> bool:
+def _coreml_bits(path: Path) -> list[int]:
+    """Bits of each compressed constant, in order: the package's reader gives int4 as int8."""
     import coremltools as ct
 
-    spec = ct.models.utils.load_spec(str(path))
-    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
-    raw = next(o for o in block.operations if o.outputs and o.outputs[0].name == op.outputs[0].name)
-    value = (raw.inputs["data"].arguments or [raw.attributes["data"]])[0].value if "data" in raw.inputs else raw.attributes["data"]
-    return value.type.tensorType.dataType == ct.proto.MIL_pb2.INT4
+    widths = {ct.proto.MIL_pb2.INT4: 4, ct.proto.MIL_pb2.INT8: 8}
+    main = ct.models.utils.load_spec(str(path)).mlProgram.functions["main"]
+    operations = main.block_specializations[main.opset].operations
+    values = [
+        op.attributes["data"] if "data" in op.attributes else op.inputs["data"].arguments[0].value
+        for op in operations
+        if op.type.startswith("constexpr")
+    ]
+    return [widths[value.type.tensorType.dataType] for value in values]
 
 
 READ = {"onnx": read_onnx, "openvino": read_openvino, "coreml": read_coreml}

@@ -53,10 +53,14 @@ def test_rounding_is_to_the_nearest_of_the_blocks_own_grid(name: str, shape: tup
     wide = spread(scale, shape)
     shift = 0 if zero is None else spread(zero.astype(np.float32), shape)
     expected = np.clip(np.rint(weight.numpy() / wide) + shift, how.quant_min, how.quant_max)
-    assert np.abs(q - expected).max() <= 1 and (q != expected).mean() < 0.01  # ties and one rounding of 1/scale
+    assert (
+        np.abs(q - expected).max() <= 1 and (q != expected).mean() < 0.01
+    )  # ties and one rounding of 1/scale
     largest = np.abs(weight.numpy()).reshape(shape[0], -1).max()
     assert np.abs((q - shift) * wide - weight.numpy()).max() <= largest / how.quant_max
-    got = dequantize(torch.tensor(q), torch.tensor(scale), None if zero is None else torch.tensor(zero), how.bits)
+    got = dequantize(
+        torch.tensor(q), torch.tensor(scale), None if zero is None else torch.tensor(zero), how.bits
+    )
     np.testing.assert_array_equal(got.numpy(), (q - shift).astype(np.float32) * wide)
 
 
@@ -88,7 +92,10 @@ def test_the_first_rule_wins_and_the_rest_stays_float() -> None:
         {"component": "unet", "pattern": "*", "scheme": "w8"},
     ]
     layers = {"unet": {"a.b": (4, 4), "c": (4, 4)}, "decoder": {"c": (4, 4)}}
-    assert recipes.plan(recipe(rules), layers).schemes == {"unet": {"a.b": "float", "c": "w8"}, "decoder": {"c": "float"}}
+    assert recipes.plan(recipe(rules), layers).schemes == {
+        "unet": {"a.b": "float", "c": "w8"},
+        "decoder": {"c": "float"},
+    }
 
 
 def test_a_pattern_without_a_layer_is_an_error_or_a_line_of_the_report() -> None:
@@ -100,7 +107,10 @@ def test_a_pattern_without_a_layer_is_an_error_or_a_line_of_the_report() -> None
 
 
 def test_a_rule_that_earlier_rules_leave_nothing_is_an_error() -> None:
-    rules = [{"component": "unet", "pattern": "*", "scheme": "w8"}, {"component": "unet", "pattern": "a", "scheme": "float"}]
+    rules = [
+        {"component": "unet", "pattern": "*", "scheme": "w8"},
+        {"component": "unet", "pattern": "a", "scheme": "float"},
+    ]
     with pytest.raises(ConfigError, match="'a' gives no layer"):
         recipes.plan(recipe(rules), {"unet": {"a": (4, 4)}})
 
@@ -167,14 +177,16 @@ def test_a_quantized_checkpoint_says_what_it_is(quantized: Checkpoint, tiny_chec
 
 
 def test_modules_hold_the_files_integers(quantized: Checkpoint, tiny_checkpoint: Path) -> None:
-    """A convolution by hand: integers from the file, times their scales in NumPy, against the module's weight."""
+    """A convolution by hand: the file's integers times their scales, against the module's weight."""
     component = load_components(quantized)["unet"]
     layers = load_integers(quantized, "unet")
     name = next(n for n, layer in layers.items() if layer["q"].ndim == 4 and layer["scale"].shape[1] > 1)
     layer, module = layers[name], component.module.unet.get_submodule(name)
     expected = layer["q"].astype(np.float32) * spread(layer["scale"].astype(np.float32), layer["q"].shape)
     np.testing.assert_array_equal(module.weight.numpy(), expected)
-    original = load_file(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")[f"{name}.weight"].float()
+    original = load_file(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")[
+        f"{name}.weight"
+    ].float()
     error = np.square(expected - original.numpy()).sum() / np.square(original.numpy()).sum()
     assert 0 < error < 10**-1.5  # int4: some 20 dB
 
@@ -182,7 +194,11 @@ def test_modules_hold_the_files_integers(quantized: Checkpoint, tiny_checkpoint:
 def test_equal_inputs_give_equal_bytes(quantized: Checkpoint, tiny_checkpoint: Path, tmp_path: Path) -> None:
     quantize_checkpoint(Checkpoint.open(tiny_checkpoint), recipes.read_recipe("w4g32"), tmp_path / "again")
     first = {p.relative_to(quantized.root): p.read_bytes() for p in quantized.root.rglob("*") if p.is_file()}
-    second = {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
+    second = {
+        p.relative_to(tmp_path / "again"): p.read_bytes()
+        for p in (tmp_path / "again").rglob("*")
+        if p.is_file()
+    }
     assert first == second
 
 
@@ -235,7 +251,9 @@ def test_opening_finds_what_is_broken(quantized: Checkpoint, tmp_path: Path, nam
         Checkpoint.open(root)
 
 
-def test_what_cannot_be_quantized_is_refused(quantized: Checkpoint, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_refused(
+    quantized: Checkpoint, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     shipped, out = recipes.read_recipe("w8"), tmp_path / "out"
     with pytest.raises(UsageError, match="a float checkpoint, got one quantized by 'w4g32'"):
         quantize_checkpoint(quantized, shipped, out)

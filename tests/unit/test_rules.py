@@ -32,7 +32,14 @@ HEAVY = {
     "transformers", "diffusers", "safetensors", "huggingface_hub", "accelerate", "webdataset",
 }  # fmt: skip
 #: Parts of edgeflow whose import brings a backend, so the spine may not import them at import time.
-BACKEND_SIDE = ("edgeflow.components", "edgeflow.quantization.apply", "edgeflow.quantization.layers", "edgeflow.training", "edgeflow.exporters", "edgeflow.runtimes")
+BACKEND_SIDE = (
+    "edgeflow.components",
+    "edgeflow.quantization.apply",
+    "edgeflow.quantization.layers",
+    "edgeflow.training",
+    "edgeflow.exporters",
+    "edgeflow.runtimes",
+)
 #: The spine's files that are torch's side themselves.
 TORCH_SIDE = ("edgeflow/components.py", "edgeflow/quantization/apply.py", "edgeflow/quantization/layers.py")
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
