@@ -21,6 +21,7 @@ def register() -> None:
 def edgeflow_dequantize(context: Any, node: Any) -> None:
     inputs = _get_inputs(context, node, expected=[4])
     q, scale, zero_point, bits = (None if v is None else v.val for v in inputs)
+    assert q is not None and bits is not None
     kind = types.nptype_from_builtin(types.string_to_builtin(f"int{int(bits)}"))
     offset = {} if zero_point is None else {"offset": zero_point.astype(kind)}
     weight = mb.constexpr_blockwise_shift_scale(data=q.astype(kind), scale=scale, name=node.name, **offset)

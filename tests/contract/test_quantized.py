@@ -19,7 +19,7 @@ from edgeflow.export import PRECISIONS, export_model
 from edgeflow.parity import measure
 from edgeflow.parity_report import FAIL, LOWERING, PASS, QUANTIZATION, UNGATED, UNMEASURED, render
 from edgeflow.quantization.apply import load_integers, quantize_checkpoint
-from edgeflow.quantization.recipe import parse_recipe
+from edgeflow.quantization.recipe import parse_recipe, read_recipe
 
 for _package in ("onnx", "onnxruntime", "openvino", "coremltools"):
     pytest.importorskip(_package)
@@ -240,3 +240,30 @@ def test_quantized_bundles_repeat(backend: str, exported: Any, tmp_path: Path) -
     bundle = exported(backend)[1]
     (again,) = export_model(model_of(bundle), backends=[backend], precisions=["fp16"], out=tmp_path)
     assert (again / "manifest.json").read_bytes() == (bundle.root / "manifest.json").read_bytes()
+
+
+@pytest.mark.slow  # exports the built-in model on three backends: minutes
+@pytest.mark.parametrize("recipe", ["w8", "w4g32"])
+def test_bundles_are_as_large_as_theory_says(recipe: str, tmp_path: Path) -> None:
+    """Integers, scales and what stays float of the pipeline's own layers, to within 5 %."""
+    quantize_checkpoint(Checkpoint.open("emoji"), read_recipe(recipe), tmp_path / "model")
+    model = Checkpoint.open(tmp_path / "model")
+    paths = export_model(model, backends=BACKENDS, precisions=["fp16"], out=tmp_path / "bundles")
+    theory = sum(theory_bytes(model, part, float_bytes=2) for part in ("text_encoder", "unet", "vae"))
+    for path in paths:
+        ratio = Bundle.open(path).graph_bytes() / theory
+        assert 0.99 < ratio < 1.05, f"{path.name}: {ratio:.3f}"
+
+
+def theory_bytes(model: Checkpoint, part: str, float_bytes: int) -> float:
+    """Bytes of the part's tensors that the pipeline has: neither the time embedding nor an encoder's."""
+    layers = model.quantized_layers(part)
+    total = 0.0
+    for name, layer in layers.items():
+        if "time_emb" not in name:
+            scales = np.prod(layer.scale_shape)
+            total += layer.numel * layer.bits / 8 + scales * (float_bytes + layer.zero_point * layer.bits / 8)
+    for name, tensor in model.stored_tensors(part).items():
+        if part == "text_encoder" or ("time_emb" not in name and not name.startswith("encoder.")):
+            total += tensor.numel * float_bytes * (name.rpartition(".weight_")[0] not in layers)
+    return total

@@ -368,15 +368,18 @@ def test_ci_runs_make_test() -> None:
     assert "make test" in script.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/quantization.md"]
+)
 def test_pages_link_to_what_is_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
     assert [t for t in targets if not ((ROOT / page).parent / t).exists()] == []
 
 
-def test_commands_in_the_readme_parse() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_commands_in_the_readme_and_the_docs_parse() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("edgeflow ")]
     assert {words[1] for words in commands} == set(VERBS)
