@@ -3,9 +3,11 @@
 ``edgeflow.json`` beside ``model_index.json`` records what diffusers has no place for::
 
     {"schema": 1, "kind": "one-step", "steps": 1, "guidance": 0.0, "licence": "…", "origin": "…",
-     "picture_size": 128, "prompts": ["…"], "training": {…}}
+     "picture_size": 128, "prompts": ["…"], "training": {…},
+     "quantization": {"recipe": {…}, "source": {"name": "…", "hash": "…"}}}
 
-``kind`` is one of KINDS. A folder without it (the published InstaFlow) is read from its pipeline's class.
+``quantization`` is there where weights are integers (edgeflow.quantization). ``kind`` is one of KINDS.
+A folder without it (the published InstaFlow) is read from its pipeline's class.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from edgeflow import facts as model_facts
 from edgeflow.errors import CheckpointError, UnknownNameError, UsageError
 from edgeflow.facts import FACTS, KINDS, PARTS, SCHEMA, read_json
+from edgeflow.quantization.stored import INTEGERS, SCALE, ZERO_POINT, StoredLayer, quantized_layers
 from edgeflow.spec import FIRST_TIMESTEP, GenerationSpec
 from edgeflow.weights import StoredTensor, read_safetensors_header
 
@@ -77,6 +80,7 @@ class Checkpoint:
         checkpoint = cls(root, name, model_facts.read_facts(root, name, index))
         for part in checkpoint.parts:
             checkpoint._check_part(part)
+        checkpoint._check_quantization()
         return checkpoint
 
     @property
@@ -88,6 +92,24 @@ class Checkpoint:
     def parts(self) -> tuple[str, ...]:
         """Names of the part folders: all of PARTS, or the vae alone for an autoencoder."""
         return tuple(self.facts["parts"])
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The recipe, verbatim, and the float checkpoint's name and hash; None where weights are float."""
+        return self.facts.get("quantization")
+
+    def quantized_layers(self, part: str) -> dict[str, StoredLayer]:
+        """Layer → how its integers are stored. Raises CheckpointError where they do not fit together."""
+        return quantized_layers(self.stored_tensors(part), self.root / part)
+
+    def _check_quantization(self) -> None:
+        weighted = [part for part in self.parts if part != "tokenizer"]
+        count = sum(len(self.quantized_layers(part)) for part in weighted)
+        if (self.quantization is not None) != bool(count):
+            expected = "a recipe for" if count else "layers quantized by the recipe, got"
+            raise CheckpointError(
+                f"checkpoint: {self.root / FACTS}: quantization: expected {expected} {count} quantized layers"
+            )
 
     def _check_part(self, part: str) -> None:
         folder = self.root / part
@@ -117,6 +139,10 @@ class Checkpoint:
         config = self.config(part)
         architectures = config.get("architectures") or [config.get("model_type")]
         return str(config.get("_class_name") or architectures[0])
+
+    def weight_stem(self, part: str) -> str:
+        """The name that from_pretrained looks for, less its ending."""
+        return _WEIGHTS[part]
 
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files that make up a part, exactly those that from_pretrained would load.
@@ -148,8 +174,10 @@ class Checkpoint:
         return {name: tensor for header in by_file.values() for name, tensor in header.items()}
 
     def num_parameters(self, part: str) -> int:
-        """Number of weights of a part, from the safetensors headers alone."""
-        return sum(tensor.numel for tensor in self.stored_tensors(part).values())
+        """Number of weights of a part, from the safetensors headers alone; scales are none."""
+        own = (INTEGERS, SCALE, ZERO_POINT)
+        floats = sum(t.numel for name, t in self.stored_tensors(part).items() if not name.endswith(own))
+        return floats + sum(layer.numel for layer in self.quantized_layers(part).values())
 
     def files(self, part: str) -> list[Path]:
         """The files of a part that decide what it computes."""
@@ -163,10 +191,13 @@ class Checkpoint:
         """sha256 over all that decides the picture.
 
         That is: kind, steps, guidance; the name and content of every config, weight and tokenizer file; a
-        many-step model's scheduler. Files that nothing reads do not count, nor do licence and origin.
+        many-step model's scheduler; a quantized one's recipe. Files that nothing reads do not count, nor do
+        licence and origin.
         """
         digest = sha256()
         facts = {key: self.facts[key] for key in ("kind", "steps", "guidance")}
+        if self.quantization is not None:
+            facts["recipe"] = self.quantization["recipe"]
         digest.update(json.dumps(facts, sort_keys=True).encode())
         paths = [path for part in self.parts for path in self.files(part)]
         scheduler = self.root / "scheduler" / "scheduler_config.json"

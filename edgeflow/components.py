@@ -95,7 +95,7 @@ def load_components(checkpoint: Checkpoint, picture: str = "float32") -> dict[st
     """
     check_exportable(checkpoint)
     spec = checkpoint.generation
-    text, unet, vae = (_load(checkpoint, part) for part in ("text_encoder", "unet", "vae"))
+    text, unet, vae = (load_part(checkpoint, part) for part in ("text_encoder", "unet", "vae"))
     text_encoder, decoder = TextEncoder(text), Decoder(vae)
     modules: dict[str, nn.Module] = {
         "text_encoder": text_encoder,
@@ -402,8 +402,36 @@ def _quiet() -> Iterator[None]:
             transformers_log.enable_progress_bar()
 
 
-def _load(checkpoint: Checkpoint, part: str) -> Any:
-    """The part's module in fp32 and eval mode. Raises CheckpointError when weights and config disagree."""
+def load_part(checkpoint: Checkpoint, part: str) -> Any:
+    """The part's module in eval mode, its float weights in fp32, its quantized layers as they are stored.
+
+    Raises CheckpointError when weights and config disagree.
+    """
+    if checkpoint.quantization is None:
+        return _load_float(checkpoint, part)
+    from edgeflow.quantization.apply import load_quantized
+
+    return load_quantized(checkpoint, part, lambda: _from_config(checkpoint, part))
+
+
+def _from_config(checkpoint: Checkpoint, part: str) -> Any:
+    """The part's module in fp32 as its config describes it; the weights are still to come."""
+    import diffusers
+    import transformers
+
+    folder = checkpoint.root / part
+    cls = getattr(transformers if part == "text_encoder" else diffusers, checkpoint.class_name(part))
+    with _quiet():
+        try:
+            if part == "text_encoder":
+                return cls(cls.config_class.from_pretrained(folder)).float()
+            return cls.from_config(cls.load_config(folder)).float()
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"checkpoint: {folder}: the config is not a model's: {reason}") from error
+
+
+def _load_float(checkpoint: Checkpoint, part: str) -> Any:
     import diffusers
     import transformers
 

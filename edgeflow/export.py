@@ -161,7 +161,7 @@ def _write_bundle(
         precision=job.precision,
         layout=job.layout,
         model={**spec, "origin": checkpoint.facts["origin"]},
-        recipe=None,
+        recipe=checkpoint.quantization["recipe"] if checkpoint.quantization else None,
         graphs=tuple(graphs),
         files={},
         versions=_versions(getattr(job.exporter, "tools", ())),

@@ -51,6 +51,8 @@ def read_facts(root: Path, name: str, index: dict[str, Any]) -> dict[str, Any]:
         "parts": ["vae"] if kind == "autoencoder" else list(PARTS),
     }
     wrong = _wrong(facts)
+    if "quantization" in facts:
+        wrong += _wrong_quantization(facts["quantization"])
     if wrong:
         raise CheckpointError(f"checkpoint: {path}: {'; '.join(wrong)}")
     return facts
@@ -93,6 +95,21 @@ def _wrong(facts: dict[str, Any]) -> list[str]:
         "prompts": ("a list of texts", lambda v: isinstance(v, list) and bool(v) and all(map(is_text, v))),
     }
     return [f"{k}: expected {what}, got {facts[k]!r}" for k, (what, ok) in checks.items() if not ok(facts[k])]
+
+
+def _wrong_quantization(given: Any) -> list[str]:
+    """What is wrong with the recipe a checkpoint was quantized by, or with where it came from."""
+    from edgeflow.errors import ConfigError
+    from edgeflow.quantization.recipe import parse_recipe
+
+    source = given.get("source") if isinstance(given, dict) else None
+    if not isinstance(source, dict) or not all(isinstance(source.get(key), str) for key in ("name", "hash")):
+        return [f"quantization: expected a recipe and a source of name and hash, got {given!r:.80}"]
+    try:
+        parse_recipe(given.get("recipe"), "quantization")
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _card_licence(root: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,16 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "parts": parts,
         "prompts": list(facts["prompts"]),
         "training": facts.get("training"),
+        "quantization": checkpoint.quantization,
     }
 
 
 def _part(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
-    """One part; ``dtypes`` maps each dtype to the number of weights stored in it."""
+    """One part; ``dtypes`` maps each dtype to the number of weights stored in it (scales are no weights)."""
     dtypes: Counter[str] = Counter()
     if part != "tokenizer":
-        for tensor in checkpoint.stored_tensors(part).values():
-            dtypes[_DTYPES.get(tensor.dtype, tensor.dtype)] += tensor.numel
+        for dtype, count in _weights(checkpoint, part):
+            dtypes[dtype] += count
     return {
         "name": part,
         "class": checkpoint.class_name(part),
@@ -82,6 +84,15 @@ def _part(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
         "dtypes": dict(dtypes.most_common()),
         "bytes": sum(path.stat().st_size for path in checkpoint.files(part)),
     }
+
+
+def _weights(checkpoint: Checkpoint, part: str) -> Iterator[tuple[str, int]]:
+    layers = checkpoint.quantized_layers(part)
+    for layer in layers.values():
+        yield f"int{layer.bits}", layer.numel
+    for name, tensor in checkpoint.stored_tensors(part).items():
+        if name.rpartition(".weight_")[0] not in layers:
+            yield _DTYPES.get(tensor.dtype, tensor.dtype), tensor.numel
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 - rewrite: the original modules ↔ the export-ready ones, eager fp32. It needs torch and the checkpoint.
 - lowering: the export-ready modules, eager fp32 ↔ each graph in its runtime, on the reference's own inputs.
-- quantization: fp32 ↔ quantized, eager. No recipe exists yet, so there is nothing to measure.
+- quantization: fp32 ↔ quantized, eager; for bundles with a recipe, gated only by the recipe's own gates.
 - end to end: PyTorch's picture from the original modules ↔ the runtime's picture, both in [0, 1].
 
 Without the checkpoint, or without torch, the last is against the export-ready modules' picture that the
@@ -25,6 +25,7 @@ from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
 from edgeflow.generate import backend_version, is_fused, load_runtime, run_pipeline
+from edgeflow.parity_quantization import quantization_rows
 from edgeflow.parity_reference import (
     CHECKPOINT,
     NOTHING,
@@ -71,12 +72,19 @@ def run_and_print(
     runtime: str | None = None,
     num_prompts: int | None = None,
     gates: Mapping[str, float] | None = None,
+    unquantized: Checkpoint | str | None = None,
     as_json: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport:
     """``measure``, print the report on stdout, then raise GateFailed if a gate failed (all are named)."""
     report = measure(
-        bundles, against=against, runtime=runtime, num_prompts=num_prompts, gates=gates, progress=progress
+        bundles,
+        against=against,
+        runtime=runtime,
+        num_prompts=num_prompts,
+        gates=gates,
+        unquantized=unquantized,
+        progress=progress,
     )
     print_report(report, as_json=as_json)
     report.check()
@@ -90,13 +98,15 @@ def measure(
     runtime: str | None = None,
     num_prompts: int | None = None,
     gates: Mapping[str, float] | None = None,
+    unquantized: Checkpoint | str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Measure every gap of every bundle; what fails is in the report, not raised.
 
     ``against`` is the checkpoint; by default the one that the manifest names, if it is there and its hash is
     the manifest's. ``runtime`` is by default the bundle's own. ``gates`` replaces limits by name
-    (parity_report.GATE_NAMES). ``progress`` is told what is being measured.
+    (parity_report.GATE_NAMES). ``unquantized`` is the float checkpoint of quantized bundles; by default the
+    one that their checkpoint names, if it is there. ``progress`` is told what is being measured.
 
     Raises BundleError, CheckpointError (also when ``against`` is not what a bundle was exported from),
     UsageError for more prompts than there are, UnknownNameError, and BackendMissing before anything is
@@ -109,6 +119,7 @@ def measure(
     for bundle in opened:
         registry.runtime(runtime or bundle.manifest.backend)
     given = Checkpoint.open(against) if isinstance(against, str) else against
+    floats = Checkpoint.open(unquantized) if isinstance(unquantized, str) else unquantized
     sources = [find_checkpoint(bundle, given) for bundle in opened]
     rows: list[Measurement] = []
     notes: list[str] = []
@@ -126,6 +137,7 @@ def measure(
             references[model] = reference
             say(f"{spec.name}: rewrite")
             rows += _rewrite(spec, reference, limits)
+            rows += quantization_rows(bundle, checkpoint, reference, floats)
             notes += _notes(spec, reference)
         say(f"{label}: {runtime or bundle.manifest.backend}")
         rows += _bundle_rows(bundle, label, runtime, reference, limits)

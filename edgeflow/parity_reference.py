@@ -96,7 +96,7 @@ def find_checkpoint(bundle: Bundle, given: Checkpoint | None) -> tuple[Checkpoin
     reason = "checkpoint absent"
     for name in dict.fromkeys((bundle.generation.name, str(bundle.manifest.model.get("origin", "")))):
         try:
-            checkpoint = Checkpoint.open(name) if _is_local(name) else None
+            checkpoint = Checkpoint.open(name) if is_local(name) else None
         except EdgeflowError as error:
             checkpoint, reason = None, f"checkpoint absent ({error})"
         if checkpoint is not None and checkpoint.hash == expected:
@@ -106,7 +106,7 @@ def find_checkpoint(bundle: Bundle, given: Checkpoint | None) -> tuple[Checkpoin
     return None, reason
 
 
-def _is_local(model: str) -> bool:
+def is_local(model: str) -> bool:
     """Whether opening ``model`` needs no network: a built-in name, a folder, or a hub id in the cache."""
     if not model or model in builtin_models() or Path(model).is_dir():
         return bool(model)

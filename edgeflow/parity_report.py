@@ -91,7 +91,7 @@ class Measurement:
     runtime: str
     precision: str
     component: str  # text_encoder, unet, decoder, pipeline
-    against: str  # what the reference is: checkpoint, reference.npz, or nothing
+    against: str  # what the reference is: checkpoint, float checkpoint, reference.npz, or nothing
     metric: str  # one of METRICS
     gate: float | None
     prompts: tuple[str, ...]  # prompt i is drawn with seed i

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -18,6 +19,13 @@ class Program:
 
     spec: ComponentSpec
     exported: ExportedProgram
+
+
+def dequantize_op() -> Any:
+    """The one op that quantized weights come from; see edgeflow.quantization.layers."""
+    from edgeflow.quantization import layers  # noqa: F401 - defines the op
+
+    return torch.ops.edgeflow.dequantize.default
 
 
 def build_program(component: Component) -> Program:

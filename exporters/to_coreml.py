@@ -18,6 +18,7 @@ logging.getLogger("coremltools").setLevel(logging.ERROR)  # off macOS it reports
 import coremltools as ct  # noqa: E402
 
 from edgeflow.errors import ExportError  # noqa: E402
+from edgeflow.exporters import coreml_dequantize  # noqa: E402
 from edgeflow.exporters.layouts import APPLE, graph_spec  # noqa: E402
 from edgeflow.exporters.program import Program  # noqa: E402
 from edgeflow.spec import GraphSpec  # noqa: E402
@@ -28,6 +29,9 @@ _PRECISION = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 _SPEC_FILE = "com.apple.CoreML/model.mlmodel"
 #: coremltools leaves it in packages of exported programs; nothing that runs a package reads it.
 _DEBUG_FILE = "executorch_debug_handle_mapping.json"
+
+
+coreml_dequantize.register()
 
 
 class CoreMLExporter:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 
 from edgeflow.errors import ExportError
+from edgeflow.exporters import onnx_dequantize
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
 from edgeflow.exporters.program import Program
 from edgeflow.spec import GraphSpec
@@ -41,6 +42,7 @@ class OnnxExporter:
         """See edgeflow.registry.Exporter."""
         spec = graph_spec(program.spec, layout, DIFFUSERS, "/model.onnx")
         model = _convert(program, spec)
+        onnx_dequantize.settle(model, program)
         _strip(model)
         if precision == "fp16":
             to_half(model)
@@ -67,6 +69,7 @@ def _convert(program: Program, spec: GraphSpec) -> ir.Model:
                 opset_version=OPSET,
                 input_names=[t.key for t in spec.inputs],
                 output_names=[t.key for t in spec.outputs],
+                custom_translation_table=onnx_dequantize.TRANSLATIONS,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:

@@ -12,6 +12,7 @@ import openvino
 
 from edgeflow.errors import ExportError
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
+from edgeflow.exporters.openvino_dequantize import extension
 from edgeflow.exporters.program import Program
 from edgeflow.spec import GraphSpec, TensorSpec
 
@@ -29,7 +30,7 @@ class OpenVinoExporter:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                model = openvino.convert_model(program.exported)
+                model = openvino.convert_model(program.exported, extension=[extension(precision)])
             except Exception as error:  # the frontend raises bare exceptions
                 reason = str(error).strip().splitlines()[0]
                 raise ExportError(f"export: openvino: {spec.name}: {reason}") from error

@@ -95,6 +95,8 @@ def _session(bundle: Bundle, graph: GraphSpec, providers: Sequence[str]) -> ort.
     options.intra_op_num_threads = checks.num_threads()
     options.inter_op_num_threads = 1  # the graphs are chains; running branches side by side gains nothing
     options.log_severity_level = _ERRORS_ONLY
+    # By default a quantized weight's product rounds its activations to int8 as well; 1 keeps them float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     path = inside(bundle.root, graph.file)
     try:
         session = ort.InferenceSession(

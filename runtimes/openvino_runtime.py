@@ -57,6 +57,8 @@ def _compile(core: ov.Core, bundle: Bundle, graph: GraphSpec) -> ov.CompiledMode
     config = {
         # Some CPUs run bfloat16 by default, which parity would report as an export's fault.
         "INFERENCE_PRECISION_HINT": "f32",
+        # Quantized weights would have activations rounded to int8 as well; 0 keeps them float32.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": checks.num_threads(),
     }

@@ -16,6 +16,7 @@ from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DCondit
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from edgeflow.checkpoint import FACTS, SCHEMA, Checkpoint
+from edgeflow.errors import CheckpointError
 
 
 def dpm_solver() -> DPMSolverMultistepScheduler:
@@ -111,7 +112,7 @@ def build_text_encoder(shape: ModelShape, num_tokens: int) -> CLIPTextModel:
 
 def load_parts(model: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     """Open a checkpoint and load every part in eval mode. Raises CheckpointError for a bad folder."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = _open_float(model)
     root = checkpoint.root
     return Parts(
         vae=AutoencoderTiny.from_pretrained(root / "vae", torch_dtype=dtype),
@@ -120,6 +121,16 @@ def load_parts(model: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
         tokenizer_dir=root / "tokenizer",
         facts=checkpoint.facts,
     )
+
+
+def _open_float(model: str | Path) -> Checkpoint:
+    """The libraries' own loaders know no integers and would begin anew without a word."""
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.quantization is not None:
+        raise CheckpointError(
+            f"checkpoint: {checkpoint.root}: expected float weights to train from, got quantized ones"
+        )
+    return checkpoint
 
 
 def save_autoencoder(vae: AutoencoderTiny, folder: Path, facts: dict[str, Any]) -> None:
@@ -175,6 +186,6 @@ def _write_index(folder: Path, class_name: str, index: dict[str, Any], facts: di
 
 
 def load_autoencoder(model: str | Path) -> AutoencoderTiny:
-    """The autoencoder of a checkpoint of any kind, in eval mode."""
-    vae = AutoencoderTiny.from_pretrained(Checkpoint.open(model).root / "vae")
+    """The autoencoder of a checkpoint of any kind, in eval mode. Raises CheckpointError for integers."""
+    vae = AutoencoderTiny.from_pretrained(_open_float(model).root / "vae")
     return vae.eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from edgeflow.errors import EXIT_FAILED, EXIT_USAGE, BackendMissing, EdgeflowErr
 VERBS = {
     "data": "Make a captioned picture set to train on.",
     "train": "Train a model stage by stage, from autoencoder to one step.",
+    "quantize": "Store a checkpoint's weights as integers, by a recipe.",
     "export": "Turn a checkpoint into bundles for ONNX, OpenVINO and Core ML.",
     "generate": "Draw pictures from prompts.",
     "parity": "Measure how close each bundle is to PyTorch.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +82,7 @@ def command(
     plan(backends, precisions, layouts, picture)
     checkpoint = Checkpoint.open(model)
     with ExitStack() as stack:
-        say = _progress(stack)
+        say = options.spinner(stack)
         paths = export_model(
             checkpoint,
             backends=backends,
@@ -102,15 +101,6 @@ def command(
     _print(paths, report, as_json)
     if report is not None:
         report.check()
-
-
-def _progress(stack: ExitStack) -> Callable[[str], None]:
-    """A spinner on stderr that says what is being done, where there is a terminal to show it."""
-    if not options.show_progress():
-        return lambda step: None
-    from rich.console import Console
-
-    return stack.enter_context(Console(stderr=True).status("opening")).update
 
 
 def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> None:

@@ -55,6 +55,8 @@ def _checkpoint_tables(facts: dict[str, Any]) -> list[Table]:
         "prompt": f"up to {facts['max_tokens']} tokens" if "max_tokens" in facts else None,
         "licence": facts["licence"],
         "origin": facts["origin"],
+        "recipe": _recipe((facts["quantization"] or {}).get("recipe")),
+        "quantized from": _source(facts["quantization"]),
         "hash": facts["hash"],
         "path": facts["path"],
     }
@@ -82,7 +84,7 @@ def _bundle_tables(facts: dict[str, Any]) -> list[Table]:
         "licence": model.get("licence"),
         "origin": model.get("origin"),
         "checkpoint": model.get("checkpoint_hash"),
-        "recipe": facts["recipe"] or "none: weights as trained, in the precision above",
+        "recipe": _recipe(facts["recipe"]) or "none: weights as trained, in the precision above",
         "made with": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "size": f"{size(facts['bytes'])}, of which graphs {size(facts['graph_bytes'])}",
         "path": facts["path"],
@@ -118,6 +120,18 @@ def _facts(title: str, facts: dict[str, Any]) -> Table:
         if value is not None:
             table.add_row(key, str(value))
     return table
+
+
+def _recipe(recipe: dict[str, Any] | None) -> str | None:
+    """A recipe's name and its rules, in the order in which they are tried."""
+    if not recipe:
+        return None
+    rules = (f"{r['component']} {r['pattern']} {r['scheme']}" for r in recipe["rules"])
+    return f"{recipe['name']}: {', '.join(rules)}"
+
+
+def _source(quantization: dict[str, Any] | None) -> str | None:
+    return f"{quantization['source']['name']} {quantization['source']['hash']}" if quantization else None
 
 
 def _picture(facts: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +125,15 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
     from rich.progress import track
 
     yield from track(items, description=label, console=Console(stderr=True), transient=True)
+
+
+def spinner(stack: ExitStack) -> Callable[[str], None]:
+    """Tells each step on stderr until the stack ends, where there is a terminal to show it."""
+    if not show_progress():
+        return lambda step: None
+    from rich.console import Console
+
+    return stack.enter_context(Console(stderr=True).status("opening")).update
 
 
 class _Stderr(logging.Handler):

@@ -21,6 +21,12 @@ from edgeflow.cli import options
     help="The checkpoint to compare with: a built-in name, a folder or a hub id. By default the one that the "
     "bundle names; where it is absent, the bundle's own reference outputs.",
 )
+@click.option(
+    "--unquantized",
+    metavar="MODEL",
+    help="The float checkpoint that a quantized one was made from, for the quantization gap. By default the "
+    "one that the quantized checkpoint names.",
+)
 @click.option("--runtime", metavar="NAME", help="The runtime to measure; by default the bundle's own.")
 @click.option(
     "--num-prompts",
@@ -40,6 +46,7 @@ from edgeflow.cli import options
 def command(
     bundles: tuple[Path, ...],
     against: str | None,
+    unquantized: str | None,
     runtime: str | None,
     num_prompts: int | None,
     gates: tuple[str, ...],
@@ -48,8 +55,9 @@ def command(
     """Measure how close each BUNDLE is to PyTorch, on real prompts, in one table.
 
     Each gap is measured and gated by itself: rewrite (the original modules and the export-ready ones),
-    lowering (the export-ready modules and each graph in its runtime), end to end (PyTorch's picture and
-    the runtime's). SQNR and PSNR are in dB, higher is closer; the worst prompt is what is gated.
+    lowering (the export-ready modules and each graph in its runtime), quantization (the float checkpoint
+    and the quantized one; only a recipe's own gates limit it), end to end (PyTorch's picture and the
+    runtime's). SQNR and PSNR are in dB, higher is closer; the worst prompt is what is gated.
 
     Exit codes: 0 every gate holds, 1 failed, 2 usage, 3 a gate failed (the table is printed all the same),
     4 a backend is not installed.
@@ -65,6 +73,7 @@ def command(
             runtime=runtime,
             num_prompts=num_prompts,
             gates=limits,
+            unquantized=unquantized,
             as_json=as_json,
             progress=_progress(stack),
         )

@@ -1,0 +1,1 @@
+"""One set of integers: schemes, recipes, and their application to a checkpoint."""

@@ -1,0 +1,235 @@
+"""A recipe applied to a checkpoint, and a quantized checkpoint's modules loaded again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgeflow import metrics
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.errors import CheckpointError, UsageError
+from edgeflow.facts import FACTS
+from edgeflow.quantization import recipe as recipes
+from edgeflow.quantization.layers import INTEGERS, SCALE, ZERO_POINT, quantizable_layers, replace_weight
+from edgeflow.quantization.recipe import Plan, Recipe
+from edgeflow.quantization.schemes import FLOAT, SCHEMES, quantize
+from edgeflow.staging import staged_folder
+
+#: A recipe's component → the checkpoint's part, and where in the part its layers lie.
+PLACES = {
+    "text_encoder": ("text_encoder", ("",)),
+    "unet": ("unet", ("",)),
+    "decoder": ("vae", ("decoder.", "post_quant_conv")),
+}
+#: transformers wraps CLIP's text model in a module of this name in some versions and not in others.
+_WRAPPER = "text_model."
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. Bytes are those of its weight, before and after, in the checkpoint."""
+
+    component: str
+    layer: str
+    scheme: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    weight_sqnr_db: float | None  # float weight ↔ dequantized; None where it stays float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What a recipe did to a checkpoint."""
+
+    recipe: str
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...]  # fallbacks, rules that no layer took, and what stays float by design
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> QuantizationReport:
+    """Write the quantized checkpoint at ``out``: integers and scales for the layers that the recipe names.
+
+    Everything else keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the float
+    checkpoint's name and hash. Equal inputs give equal bytes. Raises UsageError for a checkpoint that is
+    quantized already, ExportError for one that edgeflow cannot export, ConfigError for a recipe that does not
+    fit it, OutputExistsError.
+    """
+    from edgeflow.components import check_exportable, load_part
+
+    if checkpoint.quantization is not None:
+        name = checkpoint.quantization["recipe"]["name"]
+        raise UsageError(
+            f"quantize: {checkpoint.name}: expected a float checkpoint, got one quantized by {name!r}"
+        )
+    check_exportable(checkpoint)
+    with staged_folder(out, force=force) as stage:
+        progress("loading the checkpoint")
+        modules = {part: load_part(checkpoint, part) for part, _ in PLACES.values()}
+        plan = plan_for(recipe, modules)
+        reports: list[LayerReport] = []
+        for component, (part, _) in PLACES.items():
+            progress(f"quantizing {component}")
+            dtypes = {t.dtype for t in checkpoint.stored_tensors(part).values()}
+            stay = torch.float16 if dtypes == {"F16"} else torch.float32
+            tensors = _quantized_state(component, modules[part], plan.schemes[component], stay, reports)
+            (stage / part).mkdir()
+            shutil.copyfile(checkpoint.root / part / "config.json", stage / part / "config.json")
+            save_file(tensors, stage / part / f"{checkpoint.weight_stem(part)}.safetensors")
+            (stage / part / f"{checkpoint.weight_stem(part)}.safetensors").chmod(0o644)
+        _write_rest(checkpoint, recipe, stage)
+        Checkpoint.open(stage)
+    return QuantizationReport(recipe.name, tuple(reports), plan.notes)
+
+
+def plan_for(recipe: Recipe, modules: dict[str, nn.Module]) -> Plan:
+    """The recipe's plan for a model's modules, by part. Raises ConfigError as recipe.plan does."""
+    shapes = {
+        component: {
+            name: tuple(layer.weight.shape) for name, layer in layers_of(component, modules[part]).items()
+        }
+        for component, (part, _) in PLACES.items()
+    }
+    return recipes.plan(recipe, shapes)
+
+
+def layers_of(component: str, module: nn.Module) -> dict[str, Any]:
+    """Name in recipes → layer, for every layer of the component that can be quantized."""
+    _, prefixes = PLACES[component]
+    found = {name.removeprefix(_WRAPPER): layer for name, layer in quantizable_layers(module).items()}
+    return {name: layer for name, layer in found.items() if name.startswith(prefixes)}
+
+
+def _quantized_state(
+    component: str, module: nn.Module, plan: dict[str, str], stay: torch.dtype, reports: list[LayerReport]
+) -> dict[str, Tensor]:
+    """The part's tensors as stored: integers and scales where planned, the rest in the dtype ``stay``."""
+    state = {name.removeprefix(_WRAPPER): tensor for name, tensor in module.state_dict().items()}
+    state = {n: (t.to(stay) if t.is_floating_point() else t).contiguous() for n, t in state.items()}
+    for name, how in plan.items():
+        weight = state[f"{name}.weight"]
+        before = after = weight.nbytes
+        sqnr = None
+        if how != FLOAT:
+            scheme = SCHEMES[how]
+            original = state.pop(f"{name}.weight").float()
+            q, scale, zero = quantize(original, scheme)
+            stored = {INTEGERS: pack(q) if scheme.bits == 4 else q, SCALE: scale.half()}
+            if zero is not None:
+                stored[ZERO_POINT] = zero
+            state |= {f"{name}.{end}": tensor.contiguous() for end, tensor in stored.items()}
+            after = sum(tensor.nbytes for tensor in stored.values())
+            sqnr = metrics.sqnr_db(original.numpy(), dequantized(q, scale, zero, scheme.bits).numpy())
+        reports.append(LayerReport(component, name, how, tuple(weight.shape), before, after, sqnr))
+    return dict(sorted(state.items()))
+
+
+def dequantized(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """The weight that runs: see edgeflow.quantization.layers.dequantize."""
+    from edgeflow.quantization.layers import dequantize
+
+    return dequantize(q, scale, zero, bits)
+
+
+def pack(q: Tensor) -> Tensor:
+    """int4 in int8 (O, I, …) → uint8 (O, I/2, …), input channel 2k in the low four bits."""
+    low, high = q[:, 0::2].to(torch.uint8) & 15, q[:, 1::2].to(torch.uint8) & 15
+    return low | (high << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of ``pack``: uint8 (O, I/2, …) → int8 (O, I, …), −8 to 7."""
+    both = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1, 2).to(torch.int8)
+    return both - 16 * (both > 7).to(torch.int8)
+
+
+def _write_rest(checkpoint: Checkpoint, recipe: Recipe, stage: Path) -> None:
+    """Everything but the weights, as it was, and the facts with the recipe."""
+    (stage / "tokenizer").mkdir()
+    for file in checkpoint.files("tokenizer"):
+        shutil.copyfile(file, stage / "tokenizer" / file.name)
+    for name in ("model_index.json", "README.md", "scheduler/scheduler_config.json"):
+        if (checkpoint.root / name).is_file():
+            (stage / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.root / name, stage / name)
+    facts = {key: value for key, value in checkpoint.facts.items() if key != "parts"}
+    source = {"name": checkpoint.name, "hash": checkpoint.hash}
+    facts["quantization"] = {"recipe": recipe.raw, "source": source}
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (stage / FACTS).write_text(text, encoding="utf-8")
+
+
+# --- loading --------------------------------------------------------------------------------------------
+
+
+def load_integers(checkpoint: Checkpoint, part: str) -> dict[str, dict[str, np.ndarray]]:
+    """Layer → ``q`` int8 (unpacked, in the weight's shape), ``scale`` float16, maybe ``zero_point`` int8."""
+    state = _stored_state(checkpoint, part)
+    keys = {"q": INTEGERS, "scale": SCALE, "zero_point": ZERO_POINT}
+    found = {}
+    for name, stored in checkpoint.quantized_layers(part).items():
+        tensors = {key: state[f"{name}.{end}"] for key, end in keys.items() if f"{name}.{end}" in state}
+        if stored.bits == 4:
+            tensors["q"] = unpack(tensors["q"])
+        found[name] = {key: tensor.numpy() for key, tensor in tensors.items()}
+    return found
+
+
+def load_quantized(checkpoint: Checkpoint, part: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """The part's module with its quantized layers in place; ``make`` builds it, weights still to come.
+
+    Raises CheckpointError when weights and config disagree.
+    """
+    module, state = make(), _stored_state(checkpoint, part)
+    where = checkpoint.root / part
+    layers = {name.removeprefix(_WRAPPER): layer for name, layer in quantizable_layers(module).items()}
+    for name, stored in checkpoint.quantized_layers(part).items():
+        if name not in layers:
+            raise CheckpointError(f"checkpoint: {where}: quantized layer {name!r} is not one of the model's")
+        q, scale = state.pop(f"{name}.{INTEGERS}"), state.pop(f"{name}.{SCALE}")
+        zero = state.pop(f"{name}.{ZERO_POINT}", None)
+        try:
+            replace_weight(
+                layers[name], unpack(q) if stored.bits == 4 else q, scale.float(), zero, stored.bits
+            )
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint: {where}: quantized layer {name!r}: {error}") from error
+    own = {name.removeprefix(_WRAPPER): name for name in module.state_dict()}
+    given = {own.get(name, name): t.float() if t.is_floating_point() else t for name, t in state.items()}
+    ends = (INTEGERS, SCALE, ZERO_POINT)
+    try:
+        missing, unexpected = module.load_state_dict(given, strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"checkpoint: {where}: weights do not fit the config: {reason}") from error
+    wrong = sorted([*(name for name in missing if not name.endswith(ends)), *unexpected])
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint: {where}: expected weights for every tensor of the model and no others, "
+            f"{len(wrong)} are missing or unknown, the first {wrong[0]}"
+        )
+    return module.eval().requires_grad_(False)
+
+
+def _stored_state(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+    return {name: t for file in checkpoint.weight_files(part) for name, t in load_file(file).items()}

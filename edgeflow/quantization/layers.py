@@ -1,0 +1,92 @@
+"""Layers whose weight is integers and scales, and the one op that turns these into a weight.
+
+``edgeflow::dequantize`` stays one node in a program of torch.export; every exporter lowers it to its
+backend's own compressed constant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.quant_primitives import dequantize_affine
+
+#: The op as programs name it.
+OP = "edgeflow::dequantize"
+#: What a layer's state dict calls its integers, scales and zero points.
+INTEGERS, SCALE, ZERO_POINT = "weight_q", "weight_scale", "weight_zero_point"
+
+
+@torch.library.custom_op(OP, mutates_args=())
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """(q − zero_point) · scale in float32.
+
+    q (O, I, …) int8 holds integers of ``bits`` bits, 4 or 8; scale and zero_point (int8) have q's axes, each
+    as long as q's or a whole number of times shorter, which is the block's size along it.
+    """
+    block = [n // s for n, s in zip(q.shape, scale.shape, strict=True)]
+    limits = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    return dequantize_affine(
+        q, tuple(block), scale, zero_point, torch.int8, *limits, output_dtype=torch.float32
+    )
+
+
+@dequantize.register_fake
+def _(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    return torch.empty(q.shape, dtype=torch.float32, device=q.device)
+
+
+class _Quantized:
+    """Mixed into a layer whose parameter ``weight`` is gone: ``weight`` is computed from the integers."""
+
+    @property
+    def weight(self) -> Tensor:
+        this: Any = self
+        return dequantize(this.weight_q, this.weight_scale, this.weight_zero_point, this.weight_bits)
+
+
+class QuantizedLinear(_Quantized, nn.Linear):
+    pass
+
+
+class QuantizedConv2d(_Quantized, nn.Conv2d):
+    pass
+
+
+class QuantizedEmbedding(_Quantized, nn.Embedding):
+    pass
+
+
+_CLASSES: dict[type, type] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Embedding: QuantizedEmbedding,
+}
+
+
+def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Name → layer of every convolution, linear and looked-up embedding, in the module's order.
+
+    A position embedding is not looked up but added: graphs hold it as a constant, so it stays float. A
+    grouped convolution has other input channels than its weight's axis 1 and stays float too.
+    """
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) in _CLASSES
+        and not name.endswith("position_embedding")
+        and not (isinstance(layer, nn.Conv2d) and layer.groups != 1)
+    }
+
+
+def replace_weight(layer: nn.Module, q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> None:
+    """Turn a layer into the one whose weight is these integers, in place; see ``dequantize`` for shapes."""
+    if tuple(q.shape) != tuple(layer.weight.shape):  # type: ignore[arg-type]
+        raise ValueError(f"expected integers of shape {tuple(layer.weight.shape)}, got {tuple(q.shape)}")  # type: ignore[arg-type]
+    del layer.weight
+    layer.register_buffer(INTEGERS, q)
+    layer.register_buffer(SCALE, scale)
+    layer.register_buffer(ZERO_POINT, zero_point)
+    layer.weight_bits = bits  # type: ignore[assignment]
+    layer.__class__ = _CLASSES[type(layer)]

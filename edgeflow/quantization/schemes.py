@@ -1,0 +1,89 @@
+"""How one weight becomes integers and scales. The table is torch-free; the arithmetic is torchao's.
+
+A scheme cuts a weight into blocks that share a scale (and a zero point): weight ≈ (q − zero_point) · scale.
+Blocks lie along axis 1, a weight's input channels, and never across output channels::
+
+    scheme   integers        block of (O, I)   of (O, I, kh, kw)   scale of (O, I, kh, kw)
+    w8       int8 ±127       (1, I)            (1, I, kh, kw)      (O, 1, 1, 1)
+    w4g32    int4 −8…7       (1, 32)           (1, 32, 1, 1)       (O, I/32, kh, kw)
+
+``w4g32z`` is ``w4g32`` with an int4 zero point for each block. Scales are float32 numbers that float16 holds
+exactly, so that bundles of both precisions carry the same scales; integers are rounded with that very scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeflow.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: In a recipe: the layer keeps its floating-point weight.
+FLOAT = "float"
+#: The smallest scale: float16's smallest normal number, below which some devices read zero.
+MIN_SCALE = 2.0**-14
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to store a weight. ``group`` is None where an output channel is one block."""
+
+    name: str
+    bits: int
+    quant_min: int
+    quant_max: int
+    group: int | None
+    zero_point: bool
+
+    def divides(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape (O, I, …) is cut into whole blocks."""
+        return self.group is None or shape[1] % self.group == 0
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The block's size along each axis of a weight of this shape."""
+        return (1, *shape[1:]) if self.group is None else (1, self.group, *(1 for _ in shape[2:]))
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The scale's shape: as many axes as the weight, one entry a block."""
+        return tuple(n // b for n, b in zip(shape, self.block(shape), strict=True))
+
+
+SCHEMES = {
+    s.name: s
+    for s in (
+        Scheme("w8", 8, -127, 127, None, False),
+        Scheme("w4g32", 4, -8, 7, 32, False),
+        Scheme("w4g32z", 4, -8, 7, 32, True),
+    )
+}
+
+
+def scheme(name: str) -> Scheme:
+    """The scheme called ``name``. Raises UnknownNameError."""
+    if name not in SCHEMES:
+        raise UnknownNameError("scheme", name, (*SCHEMES, FLOAT))
+    return SCHEMES[name]
+
+
+def quantize(weight: Tensor, how: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round to nearest: weight (O, I, …) float32 → integers (O, I, …) int8, scale float32, zero point int8.
+
+    The zero point is None for a symmetric scheme, else of the scale's shape. Raises ValueError for a shape
+    that does not divide into blocks.
+    """
+    import torch
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
+
+    shape = tuple(weight.shape)
+    if not how.divides(shape):
+        raise ValueError(f"weight of shape {shape}: axis 1 does not divide into groups of {how.group}")
+    block, limits = how.block(shape), (how.quant_min, how.quant_max)
+    mapping = MappingType.ASYMMETRIC if how.zero_point else MappingType.SYMMETRIC
+    scale, zero = choose_qparams_affine(weight, mapping, block, torch.int8, *limits, keepdim=True)
+    scale = scale.clamp_min(MIN_SCALE).half().float().reshape(how.scale_shape(shape))
+    zero = zero.reshape(scale.shape).to(torch.int8)  # all zeros for a symmetric scheme
+    q = quantize_affine(weight, block, scale, zero, torch.int8, *limits)
+    return q, scale, zero if how.zero_point else None

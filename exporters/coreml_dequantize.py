@@ -1,0 +1,28 @@
+"""``edgeflow::dequantize`` as Core ML's ``constexpr_blockwise_shift_scale`` (iOS 18)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil import register_torch_op
+from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+from coremltools.converters.mil.mil import types
+
+#: What coremltools makes of the op's name, by its version.
+_ALIASES = ["edgeflow::dequantize", "edgeflow.dequantize"]
+
+
+def register() -> None:
+    """Tell coremltools' PyTorch frontend how to take the op; more than once is the same as once."""
+    register_torch_op(edgeflow_dequantize, torch_alias=_ALIASES, override=True)
+
+
+def edgeflow_dequantize(context: Any, node: Any) -> None:
+    inputs = _get_inputs(context, node, expected=[4])
+    q, scale, zero_point, bits = (None if v is None else v.val for v in inputs)
+    assert q is not None and bits is not None
+    kind = types.nptype_from_builtin(types.string_to_builtin(f"int{int(bits)}"))
+    offset = {} if zero_point is None else {"offset": zero_point.astype(kind)}
+    weight = mb.constexpr_blockwise_shift_scale(data=q.astype(kind), scale=scale, name=node.name, **offset)
+    context.add(weight)

@@ -1,0 +1,269 @@
+"""The same bits everywhere: a checkpoint's integers, scales and zero points, read back from artifacts.
+
+The artifacts are read by their own formats' tools: onnx, OpenVINO's IR, and the Core ML package's protobuf.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeflow.bundle import Bundle
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.export import PRECISIONS, export_model
+from edgeflow.parity import measure
+from edgeflow.parity_report import FAIL, LOWERING, PASS, QUANTIZATION, UNGATED, UNMEASURED, render
+from edgeflow.quantization.apply import load_integers, quantize_checkpoint
+from edgeflow.quantization.recipe import parse_recipe, read_recipe
+
+for _package in ("onnx", "onnxruntime", "openvino", "coremltools"):
+    pytest.importorskip(_package)
+
+BACKENDS = ("onnx", "openvino", "coreml")
+#: Every scheme on every kind of layer that the tiny model has it for, and layers that stay float.
+RECIPE: dict[str, Any] = {
+    "schema": 1,
+    "name": "every-scheme",
+    "rules": [
+        {"component": "text_encoder", "pattern": "embeddings.token_embedding", "scheme": "w4g32z"},
+        {"component": "text_encoder", "pattern": "*.mlp.*", "scheme": "w4g32z"},
+        {"component": "text_encoder", "pattern": "*.q_proj", "scheme": "w4g32"},
+        {"component": "text_encoder", "pattern": "*.k_proj", "scheme": "float"},
+        {"component": "text_encoder", "pattern": "*", "scheme": "w8"},
+        {"component": "unet", "pattern": "conv_in", "scheme": "w8"},
+        {"component": "unet", "pattern": "down_blocks.*.resnets.*", "scheme": "w4g32z", "fallback": "w8"},
+        {"component": "unet", "pattern": "*", "scheme": "w4g32", "fallback": "w8"},
+        {"component": "decoder", "pattern": "*", "scheme": "w8"},
+    ],
+    "gates": {"sqnr_db": 0, "psnr_db": 1000},
+    "found_by": "a test",
+}
+#: Integers, scale, zero point (empty where there is none) and bits of one weight, as bytes with their shapes.
+Weight = tuple[Any, ...]
+
+
+def key(q: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) -> Weight:
+    """A weight in a form that can be counted; scales are compared as the float32 numbers that they are."""
+    scale = scale.astype(np.float32)
+    zeros = () if zero is None or not zero.any() else (zero.shape, zero.astype(np.int8).tobytes())
+    return (bits, q.shape, q.astype(np.int8).tobytes(), scale.shape, scale.tobytes(), *zeros)
+
+
+@pytest.fixture(scope="module")
+def exported(
+    checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Bundle]]:
+    """backend → its two quantized bundles; each backend is exported once."""
+    folder = tmp_path_factory.mktemp("quantized")
+    quantize_checkpoint(checkpoint, parse_recipe(RECIPE, "test"), folder / "model")
+    done: dict[str, list[Bundle]] = {}
+
+    def bundles(backend: str) -> list[Bundle]:
+        if backend not in done:
+            model = Checkpoint.open(folder / "model")
+            paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
+            done[backend] = [Bundle.open(path) for path in paths]
+        return done[backend]
+
+    return bundles
+
+
+def model_of(bundle: Bundle) -> Checkpoint:
+    return Checkpoint.open(bundle.root.parents[1] / "model")
+
+
+def stored(model: Checkpoint) -> collections.Counter[Weight]:
+    """What the checkpoint holds of the layers that the pipeline has: the time embedding is folded away."""
+    weights: collections.Counter[Weight] = collections.Counter()
+    for part in ("text_encoder", "unet", "vae"):
+        layers = model.quantized_layers(part)
+        for name, layer in load_integers(model, part).items():
+            if "time_emb" not in name:
+                weights[key(layer["q"], layer["scale"], layer.get("zero_point"), layers[name].bits)] += 1
+    return weights
+
+
+# --- reading artifacts ----------------------------------------------------------------------------------
+
+
+def read_onnx(path: Path) -> list[Weight]:
+    import onnx
+
+    graph = onnx.load(path).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        attributes = {a.name: a.i for a in node.attribute}
+        tensors = [constants[name] for name in node.input]
+        bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}[tensors[0].data_type]
+        q, scale, *zero = (onnx.numpy_helper.to_array(tensor) for tensor in tensors)
+        if scale.ndim == 1:
+            assert attributes["axis"] == 0 and not zero and "block_size" not in attributes
+            scale = scale.reshape(-1, *(1,) * (q.ndim - 1))
+        else:
+            assert attributes["axis"] == 1 and attributes["block_size"] == 32
+            assert all(t.data_type == tensors[0].data_type for t in tensors[2:])
+        found.append(key(q.astype(np.int8), scale, zero[0].astype(np.int8) if zero else None, bits))
+    return found
+
+
+def read_openvino(path: Path) -> list[Weight]:
+    import openvino
+
+    def parents(node: Any) -> list[Any]:
+        return [port.get_source_output().get_node() for port in node.inputs()]
+
+    def integers(node: Any) -> tuple[np.ndarray, int]:
+        """Convert over a constant of i4 or i8; i4 is unpacked here, the first value in the low four bits."""
+        (constant,) = parents(node)
+        assert node.get_type_name() == "Convert" and constant.get_type_name() == "Constant"
+        if constant.get_element_type() == openvino.Type.i8:
+            return np.array(constant.data), 8
+        assert constant.get_element_type() == openvino.Type.i4
+        packed = np.array(constant.data).reshape(-1).view(np.uint8)
+        values = (
+            np.stack((packed & 15, packed >> 4), 1).reshape(-1)[: np.prod(constant.shape)].astype(np.int8)
+        )
+        return (values - 16 * (values > 7)).astype(np.int8).reshape(tuple(constant.shape)), 4
+
+    found = []
+    for node in openvino.Core().read_model(path).get_ordered_ops():
+        if node.get_type_name() != "Multiply":
+            continue
+        left, scale = parents(node)
+        zero = None
+        if left.get_type_name() == "Subtract":
+            left, shift = parents(left)
+            zero, _ = integers(shift)
+        if left.get_type_name() != "Convert" or parents(left)[0].get_element_type().bitwidth > 8:
+            continue
+        assert scale.get_type_name() == "Constant"
+        (q, bits), scales = integers(left), np.array(scale.data)
+        if q.ndim in (3, 5):  # (O, G, 32, …) → (O, I, …)
+            q = q.reshape(q.shape[0], -1, *q.shape[3:])
+            scales, zero = scales.squeeze(2), None if zero is None else zero.squeeze(2)
+        found.append(key(q, scales, zero, bits))
+    return found
+
+
+def read_coreml(path: Path) -> list[Weight]:
+    from edgeflow.runtimes.mil_reader import Constant, read_package
+
+    operations = [op for op in read_package(path).operations if op.type.startswith("constexpr")]
+    found = []
+    for op, bits in zip(operations, _coreml_bits(path), strict=True):
+        assert op.type == "constexpr_blockwise_shift_scale"
+        values = {
+            name: given[0].value for name, given in op.parameters.items() if isinstance(given[0], Constant)
+        }
+        found.append(key(values["data"], values["scale"], values.get("offset"), bits))
+    return found
+
+
+def _coreml_bits(path: Path) -> list[int]:
+    """Bits of each compressed constant, in order: the package's reader gives int4 as int8."""
+    import coremltools as ct
+
+    widths = {ct.proto.MIL_pb2.INT4: 4, ct.proto.MIL_pb2.INT8: 8}
+    main = ct.models.utils.load_spec(str(path)).mlProgram.functions["main"]
+    operations = main.block_specializations[main.opset].operations
+    values = [
+        op.attributes["data"] if "data" in op.attributes else op.inputs["data"].arguments[0].value
+        for op in operations
+        if op.type.startswith("constexpr")
+    ]
+    return [widths[value.type.tensorType.dataType] for value in values]
+
+
+READ = {"onnx": read_onnx, "openvino": read_openvino, "coreml": read_coreml}
+
+
+# --- the contract ---------------------------------------------------------------------------------------
+
+
+def test_the_recipe_covers_every_scheme_and_kind_of_layer(checkpoint: Checkpoint, exported: Any) -> None:
+    model = model_of(exported("onnx")[0])
+    seen = {
+        (layer.bits, layer.zero_point, len(layer.shape))
+        for part in ("text_encoder", "unet", "vae")
+        for layer in model.quantized_layers(part).values()
+    }
+    assert seen >= {(8, False, 2), (8, False, 4), (4, False, 2), (4, False, 4), (4, True, 2), (4, True, 4)}
+    assert model.quantized_layers("text_encoder")["embeddings.token_embedding"].zero_point
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_artifacts_hold_the_checkpoints_very_bits(backend: str, exported: Any) -> None:
+    for bundle in exported(backend):
+        (graph,) = bundle.manifest.graphs
+        found = collections.Counter(READ[backend](bundle.root / graph.file))
+        expected = stored(model_of(bundle))
+        assert sum(found.values()) == sum(expected.values())
+        assert found == expected, bundle.root.name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lowering_holds_and_the_quantization_gap_is_reported(
+    backend: str, exported: Any, checkpoint: Checkpoint
+) -> None:
+    bundles = exported(backend)
+    assert [b.manifest.recipe for b in bundles] == [RECIPE, RECIPE]
+    report = measure(bundles, against=model_of(bundles[0]), num_prompts=2, unquantized=checkpoint)
+    lowering = [m for m in report.measurements if m.gap == LOWERING]
+    assert [m.status for m in lowering] == [PASS] * 2, render(report)
+    gap = {(m.component, m.metric): m for m in report.measurements if m.gap == QUANTIZATION}
+    assert set(gap) == {
+        *((c, "sqnr_db") for c in ("text_encoder", "unet", "decoder", "pipeline")),
+        ("pipeline", "psnr_db"),
+    }
+    assert gap["unet", "sqnr_db"].status == UNGATED and 5 < gap["unet", "sqnr_db"].worst < 40
+    assert gap["pipeline", "sqnr_db"].status == PASS
+    assert gap["pipeline", "psnr_db"].status == FAIL and not report.passed  # the recipe's own gate of 1000 dB
+
+
+def test_without_the_float_checkpoint_the_gap_is_said_to_be_unmeasured(exported: Any) -> None:
+    (bundle, _) = exported("onnx")
+    report = measure([bundle], against=model_of(bundle), num_prompts=1)
+    (row,) = (m for m in report.measurements if m.gap == QUANTIZATION)
+    assert row.status == UNMEASURED and "--unquantized" in str(row.reason)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantized_bundles_repeat(backend: str, exported: Any, tmp_path: Path) -> None:
+    bundle = exported(backend)[1]
+    (again,) = export_model(model_of(bundle), backends=[backend], precisions=["fp16"], out=tmp_path)
+    assert (again / "manifest.json").read_bytes() == (bundle.root / "manifest.json").read_bytes()
+
+
+@pytest.mark.slow  # exports the built-in model on three backends: minutes
+@pytest.mark.parametrize("recipe", ["w8", "w4g32"])
+def test_bundles_are_as_large_as_theory_says(recipe: str, tmp_path: Path) -> None:
+    """Integers, scales and what stays float of the pipeline's own layers, to within 5 %."""
+    quantize_checkpoint(Checkpoint.open("emoji"), read_recipe(recipe), tmp_path / "model")
+    model = Checkpoint.open(tmp_path / "model")
+    paths = export_model(model, backends=BACKENDS, precisions=["fp16"], out=tmp_path / "bundles")
+    theory = sum(theory_bytes(model, part, float_bytes=2) for part in ("text_encoder", "unet", "vae"))
+    for path in paths:
+        ratio = Bundle.open(path).graph_bytes() / theory
+        assert 0.99 < ratio < 1.05, f"{path.name}: {ratio:.3f}"
+
+
+def theory_bytes(model: Checkpoint, part: str, float_bytes: int) -> float:
+    """Bytes of the part's tensors that the pipeline has: neither the time embedding nor an encoder's."""
+    layers = model.quantized_layers(part)
+    total = 0.0
+    for name, layer in layers.items():
+        if "time_emb" not in name:
+            scales = np.prod(layer.scale_shape)
+            total += layer.numel * layer.bits / 8 + scales * (float_bytes + layer.zero_point * layer.bits / 8)
+    for name, tensor in model.stored_tensors(part).items():
+        if part == "text_encoder" or ("time_emb" not in name and not name.startswith("encoder.")):
+            total += tensor.numel * float_bytes * (name.rpartition(".weight_")[0] not in layers)
+    return total
