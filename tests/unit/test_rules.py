@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from edgeflow import registry
-from edgeflow.cli import VERBS
+from edgeflow.cli import VERBS, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -304,8 +304,13 @@ def _verb(name: str) -> click.Command:
     return importlib.import_module(f"edgeflow.cli.{name}").command
 
 
+def _root() -> click.Context:
+    """The group's context: click keeps the help option of a command's first context, so -h must be in it."""
+    return click.Context(cli, info_name="edgeflow", **cli.context_settings)
+
+
 def _help(command: click.Command, path: tuple[str, ...]) -> str:
-    with click.Context(command, info_name=" ".join(path), max_content_width=100) as context:
+    with click.Context(command, parent=_root(), info_name=" ".join(path[1:])) as context:
         return command.get_help(context)
 
 
@@ -318,7 +323,7 @@ def _examples(text: str) -> list[str]:
 
 def _parse(command: click.Command, words: list[str]) -> None:
     """Parse an example without running it. Raises click.UsageError for an option that does not exist."""
-    with command.make_context(command.name or "", list(words)) as context:
+    with command.make_context(command.name or "", list(words), parent=_root()) as context:
         if isinstance(command, click.Group):
             _, child, rest = command.resolve_command(context, [*context._protected_args, *context.args])
             assert child is not None
