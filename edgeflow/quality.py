@@ -220,8 +220,8 @@ def summary(report: QualityReport) -> list[str]:
         f"KID, FD, precision, recall: against these captions' {n} real pictures; floor: {n} random training "
         "pictures in the place of the drawn ones, mean of ten draws",
         f"KID train, FD train: against {d.train_pictures} training pictures; floor: the {n} real pictures",
-        f"KID is unbiased, ± is the deviation over {s.kid_subsets} subsets of {min(s.kid_subset_size, n)}; FD "
-        "is biased by the count: compare at equal counts, with the floor",
+        f"KID is unbiased, ± is the deviation over {s.kid_subsets} subsets of {min(s.kid_subset_size, n)}; "
+        "FD is biased by the count: compare at equal counts, with the floor",
         f"precision, recall: {s.neighbours} neighbours; R@1: among {min(s.candidates, n)} captions, "
         "floor: the captions' own real pictures",
         "Nearest: median cosine distance to the nearest training picture; Copies: the share nearer to one "

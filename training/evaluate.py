@@ -97,12 +97,12 @@ def measure(request: Request, progress: Progress) -> Measured:
     """Draw, then measure every model. Raises EdgeflowError for anything a user can mend."""
     torch.manual_seed(0)  # nothing below draws from it; torchmetrics' subsets fork it
     size = _common_size(request)
-    optional = [Inception(request.inception)] if request.inception else []
+    optional: list[FeatureNet] = [Inception(request.inception)] if request.inception else []
     clip = Clip(request.clip) if request.clip else None
     lite = EfficientNetLite2()
     real, notes = _load(request, size)
     seeds = [request.seed + i for i in range(len(real.captions))]
-    settings = Settings(seed=request.seed, features=tuple(n.name for n in (lite, *optional)))
+    settings = Settings(seed=request.seed, features=(lite.name, *(n.name for n in optional)))
 
     judge = _Judge(lite, real, settings, progress)
     spaces = [judge.space, *(_view(net, real, progress) for net in optional)]

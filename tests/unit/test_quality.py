@@ -222,6 +222,14 @@ def test_prompts_of_the_training_split_leave_their_own_pictures_out(
     assert report.floor["nearest_train"] > 1e-4  # with their own pictures left in, it would be 0
 
 
+def test_a_training_run_is_called_by_its_own_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "run7" / "checkpoint")
+    assert [d.name for d in open_drawers([tmp_path / "run7", tmp_path / "run7" / "checkpoint"])] == [
+        "run7"
+    ] * 2
+    assert open_drawers([tiny_checkpoint])[0].name == tiny_checkpoint.name
+
+
 def test_drawing_in_batches_is_what_generate_draws(tiny_checkpoint: Path) -> None:
     captions, seeds = ["red apple, noto style", "cat", "sailboat"], [5, 6, 7]
     drawn = open_drawers([tiny_checkpoint])[0].draw(captions, seeds, torch.device("cpu"), lambda done: None)
