@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,15 @@ def flow(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     facts = json.loads((folder / "edgeflow.json").read_text())
     (folder / "edgeflow.json").write_text(json.dumps({**facts, "kind": "rectified-flow", "steps": 3}))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Less of everything that a figure is a mean over."""
+    with pytest.MonkeyPatch.context() as patch:
+        less = functools.partial(Settings, kid_subsets=5, floor_draws=2, agreement_steps=40)
+        patch.setattr("edgeflow.training.evaluate.Settings", less)
+        yield
 
 
 def quiet(name: str, total: int) -> Callable[[int], None]:
