@@ -4,7 +4,8 @@ The JSON (``QualityReport.as_dict``), schema 1, holds nothing of the machine or 
 
     {"schema": 1, "kind": "quality",
      "data": {"name", "split", "prompts", "train_pictures", "picture_size"},
-     "settings": {"seed", "kid_subsets", "kid_subset_size", "neighbours", "candidates", "features": [name…]},
+     "settings": {"seed", "kid_subsets", "kid_subset_size", "neighbours", "candidates", "floor_draws",
+                  "agreement_steps", "features": [name…]},
      "versions": {package: version}, "notes": [sentence…],
      "floor": {figure: value…},
      "rows": [{"model", "checkpoint", "kind", "steps", "guidance", "num_images", "teacher",
@@ -104,6 +105,8 @@ class Settings:
     kid_subset_size: int = 100
     neighbours: int = 3
     candidates: int = 100
+    floor_draws: int = 10
+    agreement_steps: int = 300
     features: tuple[str, ...] = ()
 
 
@@ -218,10 +221,10 @@ def summary(report: QualityReport) -> list[str]:
         f"{num_images} pictures a model, one for each of {n} captions of split {d.split!r} of {d.name}; "
         f"picture i from seed {s.seed} + i",
         f"KID, FD, precision, recall: against these captions' {n} real pictures; floor: {n} random training "
-        "pictures in the place of the drawn ones, mean of ten draws",
+        f"pictures in the place of the drawn ones, mean of {s.floor_draws} draws",
         f"KID train, FD train: against {d.train_pictures} training pictures; floor: the {n} real pictures",
-        f"KID is unbiased, ± is the deviation over {s.kid_subsets} subsets of {min(s.kid_subset_size, n)}; FD "
-        "is biased by the count: compare at equal counts, with the floor",
+        f"KID is unbiased, ± is the deviation over {s.kid_subsets} subsets of {min(s.kid_subset_size, n)}; "
+        "FD is biased by the count: compare at equal counts, with the floor",
         f"precision, recall: {s.neighbours} neighbours; R@1: among {min(s.candidates, n)} captions, "
         "floor: the captions' own real pictures",
         "Nearest: median cosine distance to the nearest training picture; Copies: the share nearer to one "

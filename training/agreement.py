@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 _WIDTH = 128  # of the joint space
 _HIDDEN = 512
-_STEPS = 300
 _BATCH_SIZE = 512
 
 
 class Agreement:
     """Unit vectors (N, 128) of pictures' features and of captions; their product says how well they agree."""
 
-    def __init__(self, features: Tensor, captions: Sequence[str], *, seed: int = 0, steps: int = _STEPS):
+    def __init__(self, features: Tensor, captions: Sequence[str], *, seed: int = 0, steps: int = 300):
         """Learn from real pictures' features (N, D) and their captions (N)."""
         words = sorted({word for caption in captions for word in _words(caption)})
         self._index = {word: i for i, word in enumerate(words)}

@@ -33,8 +33,11 @@ class Drawer:
 
     @property
     def name(self) -> str:
-        """The checkpoint's name, or the bundle's folder."""
-        return self.model.root.name if isinstance(self.model, Bundle) else self.model.name
+        """The checkpoint's name (a training run's: the run's), or the bundle's folder."""
+        root = self.model.root
+        if isinstance(self.model, Bundle):
+            return root.name
+        return root.resolve().parent.name if root.name == "checkpoint" else self.model.name
 
     @property
     def kind(self) -> str:

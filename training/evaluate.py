@@ -26,7 +26,6 @@ from edgeflow.training.dataset import Loaded, open_dataset
 from edgeflow.training.drawing import Drawer
 from edgeflow.training.features import Clip, EfficientNetLite2, FeatureNet, Inception
 
-_FLOOR_DRAWS = 10
 _COPY_QUANTILE = 0.01
 _NUM_WORST = 16
 
@@ -97,12 +96,12 @@ def measure(request: Request, progress: Progress) -> Measured:
     """Draw, then measure every model. Raises EdgeflowError for anything a user can mend."""
     torch.manual_seed(0)  # nothing below draws from it; torchmetrics' subsets fork it
     size = _common_size(request)
-    optional = [Inception(request.inception)] if request.inception else []
+    optional: list[FeatureNet] = [Inception(request.inception)] if request.inception else []
     clip = Clip(request.clip) if request.clip else None
     lite = EfficientNetLite2()
     real, notes = _load(request, size)
     seeds = [request.seed + i for i in range(len(real.captions))]
-    settings = Settings(seed=request.seed, features=tuple(n.name for n in (lite, *optional)))
+    settings = Settings(seed=request.seed, features=(lite.name, *(n.name for n in optional)))
 
     judge = _Judge(lite, real, settings, progress)
     spaces = [judge.space, *(_view(net, real, progress) for net in optional)]
@@ -208,7 +207,10 @@ class _Judge:
         self.space = _Space(net, self._own[:, :width], train[:, :width])
         reference = real.reference
         self._agreement = Agreement(
-            train[reference, width:], [real.train_captions[i] for i in reference], seed=settings.seed
+            train[reference, width:],
+            [real.train_captions[i] for i in reference],
+            seed=settings.seed,
+            steps=settings.agreement_steps,
         )
         self._texts = self._agreement.captions(real.captions)
         self._width = width
@@ -294,7 +296,7 @@ def _set_floor(space: _Space, real: _Real, settings: Settings) -> dict[str, floa
     the training pictures."""
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     draws = []
-    for i in range(_FLOOR_DRAWS):
+    for i in range(settings.floor_draws):
         order = torch.randperm(len(real.reference), generator=generator)[: len(space.own)]
         fake = space.train[real.reference[order]]
         draws.append(_against_own(space, fake, replace(settings, seed=settings.seed + i)))

@@ -31,7 +31,9 @@ def exact(mean: Tensor, root: Tensor, count: int = 64, seed: int = 0) -> Tensor:
 def test_frechet_of_known_gaussians() -> None:
     """Diagonal covariances: ‖μ₁−μ₂‖² + Σ (σ₁ − σ₂)²."""
     a = exact(torch.tensor([0.0, 0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 2.0, 3.0])).double())
-    b = exact(torch.tensor([1.0, 2.0, 0.0]).double(), torch.diag(torch.tensor([2.0, 2.0, 0.5])).double(), seed=1)
+    b = exact(
+        torch.tensor([1.0, 2.0, 0.0]).double(), torch.diag(torch.tensor([2.0, 2.0, 0.5])).double(), seed=1
+    )
     assert distances.frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 0 + 6.25, rel=1e-9)
 
 
@@ -91,7 +93,7 @@ def test_kid_is_the_seeds_and_leaves_the_global_generator_alone() -> None:
 
 
 def test_precision_and_recall_counted_by_hand() -> None:
-    """Points on a line, one neighbour. Real 0, 1, 10, 12: radii 1, 1, 2, 2. Drawn 0.5, 2.5, 11: radii 2, 2, 8.5.
+    """Points on a line, one neighbour. Radii of the real: 1, 1, 2, 2; of the drawn: 2, 2, 8.5.
 
     Drawn within the real manifold: 0.5 (of 0) and 11 (of 10), not 2.5 (1.5 from 1, beyond its radius).
     Real within the drawn manifold: 0, 1 (of 0.5), 10, 12 (of 11): all.
@@ -132,7 +134,9 @@ def test_a_picture_is_not_its_own_neighbour_where_that_is_said() -> None:
     got = distances.nearest_distance(train[index], train, index)
     for row, own in zip(got, index, strict=True):
         others = torch.cat([train[:own], train[own + 1 :]])
-        assert float(row) == pytest.approx(float(distances.cosine_distance(train[own].expand(49, 8), others).min()))
+        assert float(row) == pytest.approx(
+            float(distances.cosine_distance(train[own].expand(49, 8), others).min())
+        )
 
 
 def test_cosine_distance_of_known_angles() -> None:
@@ -166,9 +170,7 @@ def test_a_tie_is_lost() -> None:
 
 def test_fewer_candidates_are_easier() -> None:
     pictures = nn.functional.normalize(torch.eye(200).double() + 0.4 * normal(200, 200, 0), dim=1)
-    few, many = (
-        distances.retrieval_r_at_1(pictures, torch.eye(200), candidates=n, seed=0) for n in (5, 200)
-    )
+    few, many = (distances.retrieval_r_at_1(pictures, torch.eye(200), candidates=n, seed=0) for n in (5, 200))
     assert many < few
 
 

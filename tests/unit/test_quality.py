@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,15 @@ def flow(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     facts = json.loads((folder / "edgeflow.json").read_text())
     (folder / "edgeflow.json").write_text(json.dumps({**facts, "kind": "rectified-flow", "steps": 3}))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Less of everything that a figure is a mean over."""
+    with pytest.MonkeyPatch.context() as patch:
+        less = functools.partial(Settings, kid_subsets=5, floor_draws=2, agreement_steps=40)
+        patch.setattr("edgeflow.training.evaluate.Settings", less)
+        yield
 
 
 def quiet(name: str, total: int) -> Callable[[int], None]:
@@ -220,6 +230,14 @@ def test_prompts_of_the_training_split_leave_their_own_pictures_out(
     ).report
     assert (report.data.prompts, report.data.train_pictures) == (8, 40)
     assert report.floor["nearest_train"] > 1e-4  # with their own pictures left in, it would be 0
+
+
+def test_a_training_run_is_called_by_its_own_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "run7" / "checkpoint")
+    assert [d.name for d in open_drawers([tmp_path / "run7", tmp_path / "run7" / "checkpoint"])] == [
+        "run7"
+    ] * 2
+    assert open_drawers([tiny_checkpoint])[0].name == tiny_checkpoint.name
 
 
 def test_drawing_in_batches_is_what_generate_draws(tiny_checkpoint: Path) -> None:
