@@ -26,6 +26,8 @@ from edgeflow.spec import GraphSpec  # noqa: E402
 #: iOS 18 and macOS 15: fused attention, and the blockwise integers that quantized bundles need.
 TARGET = ct.target.iOS18
 _PRECISION = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
+#: A map from the program's nodes for a debugger, which the package's manifest does not name.
+_DEBUG_FILE = "executorch_debug_handle_mapping.json"
 _SPEC_FILE = "com.apple.CoreML/model.mlmodel"
 
 
@@ -48,6 +50,7 @@ class CoreMLExporter:
         _convert(program, spec, precision).save(str(package))
         _settle_spec(package / "Data" / _SPEC_FILE, spec)
         _settle_manifest(package / "Manifest.json")
+        (package / _DEBUG_FILE).unlink(missing_ok=True)
         return spec
 
 
