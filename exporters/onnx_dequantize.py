@@ -32,7 +32,7 @@ def settle(model: ir.Model, program: Program) -> None:
         q, scale, *zero_point = node.inputs
         assert q is not None and scale is not None and q.name is not None
         bits, scales = widths[q.name], _constant(scale)
-        blocks = scales.ndim > 1 and scales.shape[1] > 1
+        blocks = bits == 4 or scales.size > len(scales)  # also where a group is all input channels
         for value in (q, *(z for z in zero_point if z is not None)):
             if value.name not in done:
                 kind, dtype = _INTEGERS[bits]

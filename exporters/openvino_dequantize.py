@@ -7,6 +7,9 @@ OpenVINO's own weight compression writes it.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,17 +17,42 @@ import numpy as np
 import openvino
 import openvino.opset13 as ops
 from numpy.typing import NDArray
+from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import ConversionExtension
+from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from openvino.op import Constant
+
+from edgeflow.exporters.program import Program
 
 #: torch.export's name of the op.
 _TARGET = "edgeflow.dequantize.default"
 _TYPES = {4: openvino.Type.i4, 8: openvino.Type.i8}
 
 
-def extension(precision: str) -> ConversionExtension:
-    """What tells the PyTorch frontend how to take the op; ``precision`` is fp32 or fp16, the scales'."""
-    return ConversionExtension(_TARGET, partial(_dequantize, "f16" if precision == "fp16" else "f32"))
+def convert_quantized(program: Program, precision: str) -> openvino.Model:
+    """The program in OpenVINO's operations; ``precision``, fp32 or fp16, is the scales'.
+
+    This is ``openvino.convert_model`` less the optimizations that it ends with: these fold a factor before a
+    convolution into its weight, and the integers are gone. A device optimizes by itself when it compiles.
+    """
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    floats = "f16" if precision == "fp16" else "f32"
+    frontend.add_extension(ConversionExtension(_TARGET, partial(_dequantize, floats)))
+    with _quiet():
+        decoder = TorchFXPythonDecoder.from_exported_program(program.exported)
+    loaded = frontend.load(decoder)  # it holds no reference to the decoder, which must outlive it
+    return frontend.convert(loaded)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The decoder warns, with tracebacks, of decompositions that torch no longer has."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _dequantize(floats: str, context: Any) -> Any:

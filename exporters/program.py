@@ -28,6 +28,11 @@ def dequantize_op() -> Any:
     return torch.ops.edgeflow.dequantize.default
 
 
+def has_quantized_weights(program: Program) -> bool:
+    """Whether some weight of the program is integers and scales."""
+    return bool(program.exported.graph_module.graph.find_nodes(op="call_function", target=dequantize_op()))
+
+
 def build_program(component: Component) -> Program:
     """Export the component's module once, batch 1, static shapes. Raises ExportError naming the component."""
     args = tuple(component.example[t.name] for t in component.spec.inputs)

@@ -26,6 +26,8 @@ from edgeflow.spec import GraphSpec  # noqa: E402
 #: iOS 18 and macOS 15: fused attention, and the blockwise integers that quantized bundles need.
 TARGET = ct.target.iOS18
 _PRECISION = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
+#: A map from the program's nodes for a debugger, which the package's manifest does not name.
+_DEBUG_FILE = "executorch_debug_handle_mapping.json"
 _SPEC_FILE = "com.apple.CoreML/model.mlmodel"
 #: coremltools leaves it in packages of exported programs; nothing that runs a package reads it.
 _DEBUG_FILE = "executorch_debug_handle_mapping.json"

@@ -12,8 +12,8 @@ import openvino
 
 from edgeflow.errors import ExportError
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
-from edgeflow.exporters.openvino_dequantize import extension
-from edgeflow.exporters.program import Program
+from edgeflow.exporters.openvino_dequantize import convert_quantized
+from edgeflow.exporters.program import Program, has_quantized_weights
 from edgeflow.spec import GraphSpec, TensorSpec
 
 
@@ -30,7 +30,10 @@ class OpenVinoExporter:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                model = openvino.convert_model(program.exported, extension=[extension(precision)])
+                if has_quantized_weights(program):
+                    model = convert_quantized(program, precision)
+                else:
+                    model = openvino.convert_model(program.exported)
             except Exception as error:  # the frontend raises bare exceptions
                 reason = str(error).strip().splitlines()[0]
                 raise ExportError(f"export: openvino: {spec.name}: {reason}") from error
