@@ -382,24 +382,24 @@ def _example(spec: ComponentSpec) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Neither library's loading bars and config remarks: what matters is checked and raised."""
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 
     logs = (diffusers_log, transformers_log)
     before = [log.get_verbosity() for log in logs]
-    bars = transformers_log.is_progress_bar_enabled()
+    bars = [log.is_progress_bar_enabled() for log in logs]
     try:
         for log in logs:
             log.set_verbosity_error()
-        transformers_log.disable_progress_bar()
+            log.disable_progress_bar()
         yield
     finally:
-        for log, level in zip(logs, before, strict=True):
+        for log, level, bar in zip(logs, before, bars, strict=True):
             log.set_verbosity(level)
-        if bars:
-            transformers_log.enable_progress_bar()
+            if bar:
+                log.enable_progress_bar()
 
 
 def _load(checkpoint: Checkpoint, part: str) -> Any:
@@ -410,11 +410,13 @@ def _load(checkpoint: Checkpoint, part: str) -> Any:
     name = checkpoint.class_name(part)
     text = part == "text_encoder"
     cls = getattr(transformers if text else diffusers, name)
-    dtype = {"dtype" if text else "torch_dtype": torch.float32}
+    options = {"dtype" if text else "torch_dtype": torch.float32, "variant": checkpoint.variant_of(part)}
     folder = checkpoint.root / part
-    with _quiet():
+    with quiet_libraries():
         try:
-            model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **dtype)
+            model, info = cls.from_pretrained(
+                folder, output_loading_info=True, use_safetensors=True, **options
+            )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"checkpoint: {folder}: {name} cannot be loaded: {reason}") from error

@@ -65,7 +65,9 @@ class AutoencoderObjective:
         """The checkpoint; its scaling factor makes the training latents' standard deviation 1."""
         vae = self.averaged["vae"]
         vae.register_to_config(scaling_factor=1.0)
-        some = self.corpus.images[:: max(1, len(self.corpus.images) // 1024)]  # enough for a standard deviation
+        some = self.corpus.images[
+            :: max(1, len(self.corpus.images) // 1024)
+        ]  # enough for a standard deviation
         spread = encode_pictures(vae, dataclasses.replace(self.corpus, images=some)).std().item()
         vae.register_to_config(scaling_factor=round(1.0 / spread, 6))
         facts = {
@@ -87,6 +89,8 @@ class AutoencoderObjective:
         mse = (x - y.clamp(-1, 1)).square().mean((1, 2, 3)) / 4.0
         psnr = (-10 * mse.log10()).tolist()
         captions = [self.corpus.captions[i] for i in index.tolist()]
-        labels = [c for k in range(0, 16, 8) for c in captions[k : k + 8] + [f"{p:.1f} dB" for p in psnr[k : k + 8]]]
+        labels = [
+            c for k in range(0, 16, 8) for c in captions[k : k + 8] + [f"{p:.1f} dB" for p in psnr[k : k + 8]]
+        ]
         rows = torch.cat([torch.cat([x[k : k + 8], y[k : k + 8]]) for k in range(0, 16, 8)])
         draw_sheet(path, to_uint8(rows), labels, columns=8)

@@ -86,4 +86,6 @@ class DistillObjective:
 
     def draw_sheet(self, path: Path) -> None:
         """One-step pictures of 32 prompts."""
-        draw_flow_sheet(path, self.parts, self.averaged["unet"], self.pairs.captions, (1,), self.config.loop.bf16)
+        draw_flow_sheet(
+            path, self.parts, self.averaged["unet"], self.pairs.captions, (1,), self.config.loop.bf16
+        )

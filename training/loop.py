@@ -202,7 +202,11 @@ def _ema_decay(done: int, config: LoopConfig) -> float:
 def _check_finite(means: dict[str, float], done: int, out: Path) -> None:
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
-        kept = f"the last good state is {out / 'state.pt'}" if (out / "state.pt").is_file() else "no state was kept"
+        kept = (
+            f"the last good state is {out / 'state.pt'}"
+            if (out / "state.pt").is_file()
+            else "no state was kept"
+        )
         raise TrainingError(f"training: {out.name}: {', '.join(bad)} not finite by step {done}; {kept}")
 
 
@@ -244,5 +248,9 @@ def _progress() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     return Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
     )

@@ -86,9 +86,7 @@ def build_unet(shape: ModelShape) -> UNet2DConditionModel:
         layers_per_block=shape.unet_layers,
         # diffusers' name for it; on SD-style blocks this number is the count of heads.
         attention_head_dim=shape.unet_heads,
-        down_block_types=tuple(
-            "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in shape.unet_attention
-        ),
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in shape.unet_attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in shape.unet_attention[::-1]),
         cross_attention_dim=shape.text_width,
         norm_num_groups=32 if all(c % 32 == 0 for c in shape.unet_channels) else 8,
@@ -174,7 +172,9 @@ def _write_index(folder: Path, class_name: str, index: dict[str, Any], facts: di
         (folder / "model_index.json", {"_class_name": class_name, **index}),
         (folder / FACTS, {"schema": SCHEMA, **facts}),
     ):
-        path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def load_autoencoder(model: str | Path) -> AutoencoderTiny:

@@ -81,7 +81,9 @@ def seeded_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(rows)
 
 
-def draw_pairs(config: PairsConfig, teacher: Path, captions: list[str], out: Path, device: torch.device) -> int:
+def draw_pairs(
+    config: PairsConfig, teacher: Path, captions: list[str], out: Path, device: torch.device
+) -> int:
     """Draw pairs into ``out``, whole shards at a time; a folder with shards of the same config is continued.
 
     Pair i takes caption i modulo their number, so every caption is drawn equally often. Returns the number
@@ -99,7 +101,9 @@ def draw_pairs(config: PairsConfig, teacher: Path, captions: list[str], out: Pat
     starts = range(0, config.num_pairs, per_shard)
     began = time.monotonic()
     drawn = 0
-    for number, start in enumerate(track(starts, "pairs", console=Console(stderr=True), disable=not Console(stderr=True).is_terminal)):
+    for number, start in enumerate(
+        track(starts, "pairs", console=Console(stderr=True), disable=not Console(stderr=True).is_terminal)
+    ):
         path = out / f"pairs-{number:05d}.safetensors"
         end = min(start + per_shard, config.num_pairs)
         if path.is_file():
@@ -119,12 +123,18 @@ def draw_pairs(config: PairsConfig, teacher: Path, captions: list[str], out: Pat
         if not latents:
             break
         numbers = torch.arange(start, end)
-        shard = {"seed": numbers + config.seed, "caption": (numbers % len(captions)).int(), "latent": torch.cat(latents)}
+        shard = {
+            "seed": numbers + config.seed,
+            "caption": (numbers % len(captions)).int(),
+            "latent": torch.cat(latents),
+        }
         _save_whole(shard, path)
         drawn = end
         if number == 0:
             labels = [captions[i % len(captions)] for i in range(min(32, end))]
-            draw_sheet(out / "sheet.png", decode(vae, shard["latent"][:32].float().to(device)), labels, columns=8)
+            draw_sheet(
+                out / "sheet.png", decode(vae, shard["latent"][:32].float().to(device)), labels, columns=8
+            )
     seconds = time.monotonic() - began
     record = {"pairs": drawn, "seconds": round(seconds, 1), "pairs_per_s": round(drawn / seconds, 1)}
     (out / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -138,7 +148,9 @@ def start_pairs(out: Path, config: PairsConfig, captions: list[str], *, force: b
         if resume:
             same = read_captions(out / "captions.json") == captions
             if not same or _fixed(json.loads((out / "config.json").read_text())) != _fixed(to_dict(config)):
-                raise DataError(f"pairs: {out}: --resume wants the captions and settings the folder was begun with")
+                raise DataError(
+                    f"pairs: {out}: --resume wants the captions and settings the folder was begun with"
+                )
         elif not force:
             raise OutputExistsError(out)
         else:

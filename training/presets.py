@@ -35,7 +35,9 @@ EMOJI_SHAPE = ModelShape()
 
 
 def _tiny(steps: int) -> LoopConfig:
-    return LoopConfig(steps=steps, batch_size=8, learning_rate=1e-3, warmup_steps=5, ema_decay=0.9, log_every=5)
+    return LoopConfig(
+        steps=steps, batch_size=8, learning_rate=1e-3, warmup_steps=5, ema_decay=0.9, log_every=5
+    )
 
 
 def _gpu(steps: int, batch_size: int, learning_rate: float, **more: Any) -> LoopConfig:
@@ -55,7 +57,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "teacher": TeacherConfig(_gpu(40000, 1024, 6e-4, ema_decay=0.9995, minutes=11.0), EMOJI_SHAPE),
         "pairs": PairsConfig(num_pairs=81920, batch_size=2048, bf16=True, minutes=2.0),
         "reflow": ReflowConfig(_gpu(10000, 1024, 4e-4, decay_fraction=0.3, minutes=3.2)),
-        "distill": DistillConfig(_gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.2), perceptual_weight=0.1),
+        "distill": DistillConfig(
+            _gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.2), perceptual_weight=0.1
+        ),
     },
 }
 STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill")

@@ -3,15 +3,15 @@
     python -m edgeflow.training.random_checkpoint --family sd15 --width narrow -o DIR
 
 For tests and benchmarks where the published weights cannot be had. ``full`` has the sizes of InstaFlow-0.9B
-(`sd15`: UNet 859.5 M, CLIP ViT-L/14 text encoder 123.1 M, AutoencoderKL 83.7 M) or of Stable Diffusion 2.1-base
-(`sd21`); ``narrow`` is the same form with a few dozen channels. Configs are written key by key as the hub has
-them, not as the installed libraries would write them; there is no edgeflow.json, as in any published folder. The
-safety checker is left out (null in model_index.json). The vocabulary has CLIP's size and form, not its words.
+(sd15: UNet 859.5 M, CLIP ViT-L/14 text encoder 123.1 M, AutoencoderKL 83.7 M) or of Stable Diffusion
+2.1-base (sd21); ``narrow`` is the same form with a few dozen channels. Configs are written key by key as the
+hub has them, not as the installed libraries would write them; there is no edgeflow.json, as in any published
+folder. The safety checker is left out. The vocabulary has CLIP's size and form, not its words.
 
 Weights keep activations in a trained model's range: every layer has variance 1/fan-in, what a residual branch
 adds is halved, and the two outputs are scaled after one forward pass so that the velocity has the standard
 deviation √2 of x₁ − x₀ (both of unit variance) and the decoder's picture 0.5. ``--check`` prints what was
-measured on a second input: standard deviation and largest magnitude of every block, none near float16's 65,504.
+measured on a second input: standard deviation and largest magnitude of every block.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edgeflow.components import quiet_libraries
 from edgeflow.errors import EdgeflowError
 from edgeflow.staging import staged_folder
 from edgeflow.tokenizer import END
@@ -174,7 +176,7 @@ def build_random_checkpoint(
         if value not in known:
             raise ValueError(f"{value!r} is not known; known: {', '.join(known)}")
     shape, lines = SHAPES[family, width], []
-    with staged_folder(out, force=force) as stage, torch.random.fork_rng(devices=[]):
+    with quiet_libraries(), staged_folder(out, force=force) as stage, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part, config in configs(family, width).items():
             model = _build(part, config)
@@ -223,7 +225,9 @@ def _build(part: str, config: dict[str, Any]) -> Any:
         if part == "unet":
             model.conv_out.weight *= VELOCITY_STD / model(**_probe(part, config)).sample.std()
         elif part == "vae":
-            model.decoder.conv_out.weight *= PICTURE_STD / model.decode(_probe(part, config)["z"]).sample.std()
+            model.decoder.conv_out.weight *= (
+                PICTURE_STD / model.decode(_probe(part, config)["z"]).sample.std()
+            )
     return model
 
 
@@ -286,20 +290,31 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     kinds = ("ResnetBlock2D", "Transformer2DModel", "Attention", "CLIPEncoderLayer", "Conv2d", "LayerNorm")
     for name, module in model.named_modules():
         kind = type(module).__name__
-        last = kind not in ("Conv2d", "LayerNorm") or name.endswith(("conv_in", "conv_out", "final_layer_norm"))
+        last = kind not in ("Conv2d", "LayerNorm") or name.endswith(
+            ("conv_in", "conv_out", "final_layer_norm")
+        )
         if kind in kinds and last and not (kind == "Attention" and "transformer_blocks" in name):
             yield name, module
 
 
 def _save(model: Any, folder: Path, files: str, max_shard_size: str) -> None:
-    options = {"max_shard_size": max_shard_size}
     if files in ("full", "both"):
-        model.save_pretrained(folder, **options)
+        _save_one(model, folder, None, max_shard_size)
     if files in ("fp16", "both"):
         half = copy.deepcopy(model).half() if files == "both" else model.half()
-        half.save_pretrained(folder, variant="fp16", **options)
+        _save_one(half, folder, "fp16", max_shard_size)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
+
+
+def _save_one(model: Any, folder: Path, variant: str | None, max_shard_size: str) -> None:
+    if hasattr(model, "embeddings"):  # transformers ≥ 5.6 would leave out the prefix of the hub's files
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "model.fp16.safetensors" if variant else "model.safetensors"
+        tensors = {f"text_model.{key}": tensor for key, tensor in model.state_dict().items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    else:
+        model.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -312,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m edgeflow.training.random_checkpoint",
         description="Write a checkpoint of random weights in a published one's exact layout and shapes.",
-        epilog="example: python -m edgeflow.training.random_checkpoint --family sd15 --width narrow -o narrow",
+        epilog="example: python -m edgeflow.training.random_checkpoint --family sd15 -o narrow",
     )
     parser.add_argument("--family", choices=FAMILIES, default="sd15")
     parser.add_argument("--width", choices=WIDTHS, default="narrow")

@@ -17,7 +17,7 @@ from edgeflow.training.vocabulary import FIXED_ENTRIES, clip_vocabulary
 
 
 def letter_merges(count: int) -> list[tuple[str, str]]:
-    """The first ``count`` merges: ab, ab</w>, abc, abc</w>, then abcd</w>. Raises ValueError past 49,408 entries."""
+    """The first ``count`` merges: ab, ab</w>, abc, abc</w>, abcd</w>. Raises ValueError when they run out."""
     letters = string.ascii_lowercase
     pairs = [a + b for a, b in itertools.product(letters, letters)]
     merges = [

@@ -75,4 +75,6 @@ class ReflowObjective:
     def draw_sheet(self, path: Path) -> None:
         """The flow at 1, 2 and 25 Euler steps from the same noise."""
         counts = (1, 2, self.config.sample_steps)
-        draw_flow_sheet(path, self.parts, self.averaged["unet"], self.pairs.captions, counts, self.config.loop.bf16)
+        draw_flow_sheet(
+            path, self.parts, self.averaged["unet"], self.pairs.captions, counts, self.config.loop.bf16
+        )

@@ -139,7 +139,9 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
     if request.stage == "teacher":
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
-        return TeacherObjective(config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device)
+        return TeacherObjective(
+            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device
+        )
     assert request.pairs is not None
     kind = ReflowObjective if request.stage == "reflow" else DistillObjective
     return kind(config, source, Pairs.load(request.pairs, device), device)

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.corpus import Corpus, encode_captions, encode_pictures, random_index
 from edgeflow.training.loop import averaged_copy
-from edgeflow.training.models import SD_SCHEDULE, ModelShape, Parts, build_text_encoder, build_unet, save_parts
+from edgeflow.training.models import (
+    SD_SCHEDULE,
+    ModelShape,
+    Parts,
+    build_text_encoder,
+    build_unet,
+    save_parts,
+)
 from edgeflow.training.sampling import decode, sample_teacher
 from edgeflow.training.sheet import draw_sheet, sheet_prompts
 
@@ -36,7 +43,12 @@ class TeacherObjective:
     """Trains UNet and text encoder on the latents of a corpus."""
 
     def __init__(
-        self, config: TeacherConfig, corpus: Corpus, vae: AutoencoderTiny, tokenizer_dir: Path, device: torch.device
+        self,
+        config: TeacherConfig,
+        corpus: Corpus,
+        vae: AutoencoderTiny,
+        tokenizer_dir: Path,
+        device: torch.device,
     ):
         self.config, self.device = config, device
         self.vae, self.tokenizer_dir, self.captions = vae.to(device), tokenizer_dir, corpus.captions
@@ -65,7 +77,9 @@ class TeacherObjective:
         noise = torch.randn_like(x)
         t = torch.randint(len(self.alpha_bar), (batch,), device=self.device)
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
-        noisy = (alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        noisy = (alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise).contiguous(
+            memory_format=torch.channels_last
+        )
         text = self.trained["text_encoder"](ids).last_hidden_state
         # The timestep goes in as a float, as it does in a flow: one compiled graph serves every stage.
         predicted = self.trained["unet"](noisy, t.float(), text).sample
@@ -99,6 +113,11 @@ class TeacherObjective:
         noise = torch.randn(len(captions), *self.latents.shape[1:], generator=generator).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.loop.bf16):
             latents = sample_teacher(
-                self.averaged["unet"], text, empty, noise, steps=self.config.sample_steps, guidance=self.config.guidance
+                self.averaged["unet"],
+                text,
+                empty,
+                noise,
+                steps=self.config.sample_steps,
+                guidance=self.config.guidance,
             )
         draw_sheet(path, decode(self.vae, latents), captions, columns=8)

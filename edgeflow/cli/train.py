@@ -15,19 +15,27 @@ _FOLDER = click.Path(path_type=Path)
 
 @click.command(
     short_help="Train one stage.",
-    epilog=example("edgeflow train teacher --preset emoji --data data --from runs/autoencoder -o runs/teacher"),
+    epilog=example(
+        "edgeflow train teacher --preset emoji --data data --from runs/autoencoder -o runs/teacher"
+    ),
 )
 @click.argument("stage", metavar="STAGE")
 @click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
 @click.option("--data", type=_FOLDER, metavar="DIR", help="Captioned pictures (autoencoder, teacher, pairs).")
-@click.option("--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from.")
+@click.option(
+    "--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from."
+)
 @click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill).")
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. loop.batch_size=64.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. loop.batch_size=64."
+)
 @click.option("--steps", type=click.IntRange(1), metavar="N", help="Steps in all (pairs: number of pairs).")
 @click.option("--minutes", type=click.FloatRange(0), metavar="M", help="Stop after M minutes of this call.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Seed of all randomness [preset: 0].")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Seed of all randomness [preset: 0]."
+)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder.")
 @force_option
