@@ -95,7 +95,7 @@ def load_components(checkpoint: Checkpoint, picture: str = "float32") -> dict[st
     """
     check_exportable(checkpoint)
     spec = checkpoint.generation
-    text, unet, vae = (_load(checkpoint, part) for part in ("text_encoder", "unet", "vae"))
+    text, unet, vae = load_modules(checkpoint)
     text_encoder, decoder = TextEncoder(text), Decoder(vae)
     modules: dict[str, nn.Module] = {
         "text_encoder": text_encoder,
@@ -126,6 +126,17 @@ def with_picture(pipeline: Component, picture: str) -> Component:
     return replace(pipeline, spec=spec, module=BytePipeline(pipeline.module).eval(), original=original)
 
 
+def load_modules(checkpoint: Checkpoint) -> tuple[Any, Any, Any]:
+    """The untouched text encoder, UNet and autoencoder, fp32, in eval mode; the model may need many steps.
+
+    Raises ExportError for a part of a class edgeflow does not know, CheckpointError for weights that do not
+    fit their config.
+    """
+    _check_classes(checkpoint)
+    text, unet, vae = (_load(checkpoint, part) for part in ("text_encoder", "unet", "vae"))
+    return text, unet, vae
+
+
 def check_exportable(checkpoint: Checkpoint) -> None:
     """Raise ExportError unless the checkpoint is a one-step model of known parts. Reads no weights."""
     if checkpoint.kind != "one-step":
@@ -133,6 +144,10 @@ def check_exportable(checkpoint: Checkpoint) -> None:
             f"export: {checkpoint.name}: expected a one-step model, got kind {checkpoint.kind!r}, which "
             f"needs several steps and cannot be drawn in one; known kinds: {', '.join(KINDS)}"
         )
+    _check_classes(checkpoint)
+
+
+def _check_classes(checkpoint: Checkpoint) -> None:
     for part, known in CLASSES.items():
         name = checkpoint.class_name(part)
         if name not in known:

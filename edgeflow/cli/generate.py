@@ -51,6 +51,18 @@ Job = tuple[str, int]  # prompt, seed
     metavar="NAME",
     help="What runs the model; default: the bundle's own backend, torch for a checkpoint.",
 )
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Steps for a many-step checkpoint, which the torch runtime can draw; a one-step model needs none.",
+)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(min=0, max=1000),
+    metavar="W",
+    help="Guidance with --steps; default: the checkpoint's own. 1 or less is none.",
+)
 @options.force_option
 @options.json_option
 @options.verbosity
@@ -63,6 +75,8 @@ def command(
     count: int,
     grid: bool,
     runtime: str | None,
+    steps: int | None,
+    guidance: float | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -71,13 +85,16 @@ def command(
     MODEL_OR_BUNDLE is a built-in model (emoji), a checkpoint folder, a hub id, or an exported bundle. Every
     prompt is drawn from the same seed; the same seed gives the same noise on every runtime. Each PNG
     records its prompt, seed, model, checkpoint hash, runtime and versions. Prints the paths written.
+
+    A many-step checkpoint (2-rectified flow, Stable Diffusion) is refused unless --steps says how many: a
+    rectified flow is then integrated by Euler's method, a diffusion model by DPM-Solver++.
     """
     jobs = _jobs([*prompts, *_lines(prompts_file)], seed, count)
     single = grid or len(jobs) == 1
     _check_out(out, single, force)
     from edgeflow.generate import Generator
 
-    generator = Generator.open(model, runtime)
+    generator = Generator.open(model, runtime, steps=steps, guidance=guidance)
     write = _write_single if single else _write_folder
     paths, pictures = write(generator, jobs, out, force, count)
     if as_json:
