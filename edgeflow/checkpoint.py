@@ -137,7 +137,7 @@ class Checkpoint:
         sharded part's index names a file that is not there.
         """
         folder, stem = self.root / part, _WEIGHTS[part]
-        single, index = self._weight_names(part, self.variant_of(part))
+        single, index = self.weight_names(part, self.variant_of(part))
         if single.is_file() and index.is_file():
             raise CheckpointError(f"checkpoint: {folder}: expected {single.name} or {index.name}, got both")
         if single.is_file():
@@ -153,11 +153,11 @@ class Checkpoint:
         """Which of a part's weights are read: None for full precision, "fp16" (see the class)."""
         first: list[str | None] = [self.variant, None] if self.variant else list(VARIANTS)
         for variant in first:
-            if any(path.is_file() for path in self._weight_names(part, variant)):
+            if any(path.is_file() for path in self.weight_names(part, variant)):
                 return variant
         return None
 
-    def _weight_names(self, part: str, variant: str | None) -> tuple[Path, Path]:
+    def weight_names(self, part: str, variant: str | None) -> tuple[Path, Path]:
         """The one file, or the index of several, as diffusers and transformers name them."""
         folder, stem, end = self.root / part, _WEIGHTS[part], f".{variant}" if variant else ""
         return folder / f"{stem}{end}.safetensors", folder / f"{stem}.safetensors.index{end}.json"
@@ -166,7 +166,7 @@ class Checkpoint:
         """Tensor name → how it is stored, over all files of a part; every file is checked to be whole."""
         folder = self.root / part
         by_file = {path: read_safetensors_header(path) for path in self.weight_files(part)}
-        _, index = self._weight_names(part, self.variant_of(part))
+        _, index = self.weight_names(part, self.variant_of(part))
         for tensor, name in _weight_map(index).items() if index.is_file() else ():
             if tensor not in by_file[folder / name]:
                 raise CheckpointError(f"weights: {index}: tensor {tensor!r} is not in {name}")
@@ -371,6 +371,12 @@ def from_hub(model: str, variant: str | None = None) -> Path:
             model, [f"{part}/*{end}" for part in bare for end in (".json", ".safetensors")], ["*.non_ema.*"]
         )
     return root
+
+
+def from_hub_autoencoder(model: str) -> Path:
+    """As ``from_hub``, an autoencoder at the root of a repository or in its folder vae."""
+    names = ("config.json", "diffusion_pytorch_model*.safetensors")
+    return _snapshot(model, [*names, *(f"vae/{name}" for name in names)], [])
 
 
 def from_hub_configs(model: str) -> Path:

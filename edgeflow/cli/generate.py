@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeflow.cli import options
+from edgeflow.cli.changes import any_given, change_options, opened
 from edgeflow.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ Job = tuple[str, int]  # prompt, seed
     metavar="W",
     help="Guidance with --steps; default: the checkpoint's own. 1 or less is none.",
 )
+@change_options
 @options.force_option
 @options.json_option
 @options.verbosity
@@ -77,6 +80,7 @@ def command(
     runtime: str | None,
     steps: int | None,
     guidance: float | None,
+    changes: dict[str, Any],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -94,9 +98,11 @@ def command(
     _check_out(out, single, force)
     from edgeflow.generate import Generator
 
-    generator = Generator.open(model, runtime, steps=steps, guidance=guidance)
-    write = _write_single if single else _write_folder
-    paths, pictures = write(generator, jobs, out, force, count)
+    with ExitStack() as stack:
+        source: Any = stack.enter_context(opened(model, changes)) if any_given(changes) else model
+        generator = Generator.open(source, runtime, steps=steps, guidance=guidance)
+        write = _write_single if single else _write_folder
+        paths, pictures = write(generator, jobs, out, force, count)
     if as_json:
         options.print_json(_report(generator, pictures, paths))
     else:
