@@ -92,6 +92,8 @@ def command(
 
     A many-step checkpoint (2-rectified flow, Stable Diffusion) is refused unless --steps says how many: a
     rectified flow is then integrated by Euler's method, a diffusion model by DPM-Solver++.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 4 a backend is not installed.
     """
     jobs = _jobs([*prompts, *_lines(prompts_file)], seed, count)
     single = grid or len(jobs) == 1
