@@ -125,13 +125,15 @@ def _load(part: str, path: Path, root: Path, half: bool) -> Any:
         import torch
         import transformers
         from diffusers.loaders import single_file_utils as loaders
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ModuleNotFoundError as error:
         raise BackendMissing(str(error.name), "export") from error
     dtype = torch.float16 if half else torch.float32
     try:
         if part == "text_encoder":
-            tensors = {k: v for k, v in load_file(path).items() if k.startswith(_PREFIXES[part])}
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if name.startswith(_PREFIXES[part])]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in names}
             return loaders.create_diffusers_clip_model_from_ldm(
                 transformers.CLIPTextModel,
                 tensors,

@@ -164,13 +164,22 @@ def test_what_does_not_match_is_listed_and_nothing_at_all_is_an_error(
     with pytest.raises(CheckpointError, match="none of 1 matches; the first is down_blocks"):
         derive(checkpoint, Changes(loras=(Lora(path),)), tmp_path / "none")
     save_file(
-        {"lora_unet_x.lora_down.weight": a, "lora_unet_x.lora_up.weight": b.clone(), "lora_unet_x.dora_scale": b},
+        {
+            "lora_unet_x.lora_down.weight": a,
+            "lora_unet_x.lora_up.weight": b.clone(),
+            "lora_unet_x.dora_scale": b,
+        },
         path,
     )
     with pytest.raises(CheckpointError, match="expected a LoRA, got a DoRA"):
         derive(checkpoint, Changes(loras=(Lora(path),)), tmp_path / "dora")
     save_file(
-        {"lora_unet_x.lora_down.weight": a, "lora_unet_x.lora_up.weight": b.clone(), "lora_unet_x.hada_w1_a": b}, path
+        {
+            "lora_unet_x.lora_down.weight": a,
+            "lora_unet_x.lora_up.weight": b.clone(),
+            "lora_unet_x.hada_w1_a": b,
+        },
+        path,
     )
     with pytest.raises(CheckpointError, match=r"kohya's or diffusers' names: .*lora_unet_x\.hada_w1_a"):
         derive(checkpoint, Changes(loras=(Lora(path),)), tmp_path / "loha")
