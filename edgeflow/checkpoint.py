@@ -52,6 +52,8 @@ _TOKENIZER_FILES = (
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX = "model_index.json"
+#: Which weights of a part can be read, in the order of preference.
+VARIANTS = (None, "fp16")
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,35 @@ class Checkpoint:
     """A checkpoint folder whose parts are all there and whose safetensors files are whole.
 
     ``facts`` is edgeflow.json with every default filled in: kind, steps, guidance, licence, origin, prompts
-    and ``parts``, the names of the folders this kind consists of.
+    and ``parts``, the names of the folders this kind consists of. Of a part that has both full-precision and
+    half-precision (``*.fp16.*``) weights the full ones are read, unless ``variant`` is "fp16"; of a part that
+    has one of them, that one.
     """
 
     root: Path
     name: str
     facts: dict[str, Any]
+    variant: str | None = None
 
     @classmethod
-    def open(cls, model: str | Path) -> Checkpoint:
-        """Open ``model``: a built-in name, a folder, or a hub id (``owner/name``).
+    def open(
+        cls, model: str | Path, *, variant: str | None = None, config: str | Path | None = None
+    ) -> Checkpoint:
+        """Open ``model``: a built-in name, a folder, a hub id (``owner/name``), or one safetensors file.
+
+        ``variant`` "fp16" prefers half-precision weights where there are both. ``config`` is the folder or
+        hub id from which a single file takes configs and tokenizer (see edgeflow.single_file).
 
         Raises UnknownNameError for a name that is none of these, CheckpointError for a folder that lacks a
         part, holds pickles instead of safetensors, has a truncated file, or parts that do not fit together.
         """
-        root, name = resolve(str(model))
+        if variant not in VARIANTS:
+            raise UnknownNameError("variant", str(variant), [v for v in VARIANTS if v])
+        root, name = resolve(str(model), variant=variant, config=config)
         if not (root / _INDEX).is_file() and (root / "manifest.json").is_file():
             raise CheckpointError(f"checkpoint: {root}: expected a checkpoint, got a bundle (manifest.json)")
         index = read_json(root / _INDEX)
-        checkpoint = cls(root, name, model_facts.read_facts(root, name, index))
+        checkpoint = cls(root, name, model_facts.read_facts(root, name, index), variant)
         for part in checkpoint.parts:
             checkpoint._check_part(part)
         checkpoint._check_quantization()
@@ -151,7 +163,7 @@ class Checkpoint:
         sharded part's index names a file that is not there.
         """
         folder, stem = self.root / part, _WEIGHTS[part]
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        single, index = self.weight_names(part, self.variant_of(part))
         if single.is_file() and index.is_file():
             raise CheckpointError(f"checkpoint: {folder}: expected {single.name} or {index.name}, got both")
         if single.is_file():
@@ -161,13 +173,26 @@ class Checkpoint:
         others = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         got = ", ".join(others) or (f"the pickle {pickles[0]}, which is refused" if pickles else "none")
-        raise CheckpointError(f"checkpoint: {folder}: expected weights in {single.name}, got {got}")
+        raise CheckpointError(f"checkpoint: {folder}: expected weights in {stem}.safetensors, got {got}")
+
+    def variant_of(self, part: str) -> str | None:
+        """Which of a part's weights are read: None for full precision, "fp16" (see the class)."""
+        first: list[str | None] = [self.variant, None] if self.variant else list(VARIANTS)
+        for variant in first:
+            if any(path.is_file() for path in self.weight_names(part, variant)):
+                return variant
+        return None
+
+    def weight_names(self, part: str, variant: str | None) -> tuple[Path, Path]:
+        """The one file, or the index of several, as diffusers and transformers name them."""
+        folder, stem, end = self.root / part, _WEIGHTS[part], f".{variant}" if variant else ""
+        return folder / f"{stem}{end}.safetensors", folder / f"{stem}.safetensors.index{end}.json"
 
     def stored_tensors(self, part: str) -> dict[str, StoredTensor]:
         """Tensor name → how it is stored, over all files of a part; every file is checked to be whole."""
         folder = self.root / part
         by_file = {path: read_safetensors_header(path) for path in self.weight_files(part)}
-        index = folder / f"{_WEIGHTS[part]}.safetensors.index.json"
+        _, index = self.weight_names(part, self.variant_of(part))
         for tensor, name in _weight_map(index).items() if index.is_file() else ():
             if tensor not in by_file[folder / name]:
                 raise CheckpointError(f"weights: {index}: tensor {tensor!r} is not in {name}")
@@ -326,44 +351,90 @@ def builtin_models() -> list[str]:
     return sorted(p.parent.name for p in MODELS.glob(f"*/{_INDEX}"))
 
 
-def resolve(model: str) -> tuple[Path, str]:
+def resolve(model: str, *, variant: str | None = None, config: str | Path | None = None) -> tuple[Path, str]:
     """Folder and display name of a built-in name, a path, or a hub id in (or fetched to) the cache.
 
-    A built-in name comes before a folder of the same name; say ``./name`` for the folder.
+    A built-in name comes before a folder of the same name; say ``./name`` for the folder. A safetensors file
+    is unpacked into a folder first (edgeflow.single_file). Raises UsageError for a useless ``config``.
     """
+    path = Path(model)
+    single = path.is_file() and path.suffix == ".safetensors"
+    if config is not None and not single:
+        raise UsageError(f"--config: {config}: expected a single safetensors file to go with it, got {model}")
     if model in builtin_models():
         return MODELS / model, model
-    path = Path(model)
     if path.is_dir():
         return path, Path(os.path.abspath(path)).name  # noqa: PTH100 - a link keeps the name it is called by
+    if single:
+        from edgeflow.single_file import unpack
+
+        return unpack(path, config), path.stem
     if path.exists():
         what = "a pickle, which is refused" if path.suffix in _PICKLES else "a single file"
         raise CheckpointError(f"checkpoint: {path}: expected a diffusers folder, got {what}")
-    owner = model.partition("/")[0]
-    if model.count("/") == 1 and owner not in ("", ".", "..", "~") and not Path(owner).is_dir():
-        return _from_hub(model), model
+    if is_hub_id(model):
+        return from_hub(model, variant), model
     raise UnknownNameError(
         "model", model, [*builtin_models(), "the path of a checkpoint or bundle", "a hub id (owner/name)"]
     )
 
 
-def _from_hub(model: str) -> Path:
-    """The cached snapshot of a hub id, fetched first where the hub can be reached; only the files we read."""
+def is_hub_id(model: str) -> bool:
+    """Whether ``model`` has the form owner/name and cannot be a mistyped path."""
+    owner = model.partition("/")[0]
+    return model.count("/") == 1 and owner not in ("", ".", "..", "~") and not Path(owner).is_dir()
+
+
+def from_hub(model: str, variant: str | None = None) -> Path:
+    """The cached snapshot of a hub id, fetched first where the hub can be reached; only the files we read.
+
+    Half-precision weights are fetched where ``variant`` asks for them or a part has no others. Raises
+    CheckpointError when the hub cannot give it (HF_HUB_OFFLINE is honoured), UsageError without its client.
+    """
+    configs = [_INDEX, FACTS, "README.md", *(f"{part}/*{end}" for part in PARTS for end in (".json", ".txt"))]
+    full = [f"{part}/*.safetensors" for part in PARTS]
+    half = [f"{part}/*.fp16*.safetensors" for part in PARTS]
+    wanted = [*configs, "scheduler/*.json", *(half if variant else full)]
+    root = _snapshot(model, wanted, ["*.non_ema.*"] if variant else ["*.fp16*", "*.non_ema.*"])
+    bare = [p for p in _WEIGHTS if (root / p).is_dir() and not any((root / p).glob("*.safetensors"))]
+    if bare:  # the weights that there are, in the other precision
+        root = _snapshot(
+            model, [f"{part}/*{end}" for part in bare for end in (".json", ".safetensors")], ["*.non_ema.*"]
+        )
+    return root
+
+
+def from_hub_autoencoder(model: str) -> Path:
+    """As ``from_hub``, an autoencoder at the root of a repository or in its folder vae."""
+    names = ("config.json", "diffusion_pytorch_model*.safetensors")
+    return _snapshot(model, [*names, *(f"vae/{name}" for name in names)], [])
+
+
+def from_hub_configs(model: str) -> Path:
+    """As ``from_hub``, configs, scheduler and tokenizer alone."""
+    ends = ("*.json", "*.txt")
+    return _snapshot(
+        model, [_INDEX, FACTS, "README.md", *(f"{p}/{e}" for p in (*PARTS, "scheduler") for e in ends)], []
+    )
+
+
+def _snapshot(model: str, wanted: list[str], unwanted: list[str]) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ModuleNotFoundError as error:
         raise UsageError(
             f"model: {model}: no folder of that name, and the hub cannot be asked without huggingface_hub; "
             "install it with: pip install 'edgeflow[export]'"
         ) from error
-    folders = [f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".safetensors")]
-    wanted = [_INDEX, FACTS, "README.md", "scheduler/*.json", *folders]
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"])
-        )
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if constants.HF_HUB_OFFLINE and not isinstance(error, HFValidationError):
+            raise CheckpointError(
+                f"model: {model}: no folder of that name, not in the hub's cache on this machine, and the "
+                f"hub is not asked while HF_HUB_OFFLINE is set; fetch it once with: hf download {model}"
+            ) from error
         reason = str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__
         raise CheckpointError(
             f"model: {model}: no folder of that name, and the hub could not give it: {reason}"

@@ -95,7 +95,7 @@ def load_components(checkpoint: Checkpoint, picture: str = "float32") -> dict[st
     """
     check_exportable(checkpoint)
     spec = checkpoint.generation
-    text, unet, vae = (load_part(checkpoint, part) for part in ("text_encoder", "unet", "vae"))
+    text, unet, vae = load_modules(checkpoint)
     text_encoder, decoder = TextEncoder(text), Decoder(vae)
     modules: dict[str, nn.Module] = {
         "text_encoder": text_encoder,
@@ -126,6 +126,17 @@ def with_picture(pipeline: Component, picture: str) -> Component:
     return replace(pipeline, spec=spec, module=BytePipeline(pipeline.module).eval(), original=original)
 
 
+def load_modules(checkpoint: Checkpoint) -> tuple[Any, Any, Any]:
+    """The untouched text encoder, UNet and autoencoder, fp32, in eval mode; the model may need many steps.
+
+    Raises ExportError for a part of a class edgeflow does not know, CheckpointError for weights that do not
+    fit their config.
+    """
+    _check_classes(checkpoint)
+    text, unet, vae = (load_part(checkpoint, part) for part in ("text_encoder", "unet", "vae"))
+    return text, unet, vae
+
+
 def check_exportable(checkpoint: Checkpoint) -> None:
     """Raise ExportError unless the checkpoint is a one-step model of known parts. Reads no weights."""
     if checkpoint.kind != "one-step":
@@ -133,6 +144,10 @@ def check_exportable(checkpoint: Checkpoint) -> None:
             f"export: {checkpoint.name}: expected a one-step model, got kind {checkpoint.kind!r}, which "
             f"needs several steps and cannot be drawn in one; known kinds: {', '.join(KINDS)}"
         )
+    _check_classes(checkpoint)
+
+
+def _check_classes(checkpoint: Checkpoint) -> None:
     for part, known in CLASSES.items():
         name = checkpoint.class_name(part)
         if name not in known:
@@ -382,24 +397,24 @@ def _example(spec: ComponentSpec) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Neither library's loading bars and config remarks: what matters is checked and raised."""
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 
     logs = (diffusers_log, transformers_log)
     before = [log.get_verbosity() for log in logs]
-    bars = transformers_log.is_progress_bar_enabled()
+    bars = [log.is_progress_bar_enabled() for log in logs]
     try:
         for log in logs:
             log.set_verbosity_error()
-        transformers_log.disable_progress_bar()
+            log.disable_progress_bar()
         yield
     finally:
-        for log, level in zip(logs, before, strict=True):
+        for log, level, bar in zip(logs, before, bars, strict=True):
             log.set_verbosity(level)
-        if bars:
-            transformers_log.enable_progress_bar()
+            if bar:
+                log.enable_progress_bar()
 
 
 def load_part(checkpoint: Checkpoint, part: str) -> Any:
@@ -438,11 +453,13 @@ def _load_float(checkpoint: Checkpoint, part: str) -> Any:
     name = checkpoint.class_name(part)
     text = part == "text_encoder"
     cls = getattr(transformers if text else diffusers, name)
-    dtype = {"dtype" if text else "torch_dtype": torch.float32}
+    options = {"dtype" if text else "torch_dtype": torch.float32, "variant": checkpoint.variant_of(part)}
     folder = checkpoint.root / part
-    with _quiet():
+    with quiet_libraries():
         try:
-            model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **dtype)
+            model, info = cls.from_pretrained(
+                folder, output_loading_info=True, use_safetensors=True, **options
+            )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"checkpoint: {folder}: {name} cannot be loaded: {reason}") from error

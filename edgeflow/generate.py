@@ -36,6 +36,14 @@ class Picture:
     facts: dict[str, str] = field(default_factory=dict)  # what the PNG records
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a many-step model is drawn."""
+
+    steps: int
+    guidance: float  # 1 or less is none
+
+
 def open_model(source: str | Path) -> Bundle | Checkpoint:
     """A folder with a manifest is a bundle; a built-in name, any other folder or a hub id is a checkpoint.
 
@@ -112,11 +120,15 @@ def to_pixels(image: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 class Generator:
-    """Draws pictures from one model on one runtime; both are loaded once."""
+    """Draws pictures from one model on one runtime; both are loaded once.
 
-    def __init__(self, model: Bundle | Checkpoint, runtime: Runtime):
-        expect_one_step(model)
-        self.model, self.runtime = model, runtime
+    ``sampling`` is given for a many-step model, whose runtime is then a sampler (see ``open``).
+    """
+
+    def __init__(self, model: Bundle | Checkpoint, runtime: Runtime, sampling: Sampling | None = None):
+        if sampling is None:
+            expect_one_step(model)
+        self.model, self.runtime, self.sampling = model, runtime, sampling
         self.spec = model.generation
         self.tokenizer = ClipTokenizer.from_folder(self.spec.tokenizer_dir)
         if self.tokenizer.max_length != self.spec.max_tokens:
@@ -127,14 +139,25 @@ class Generator:
         self._fused = is_fused(model)
 
     @classmethod
-    def open(cls, source: str | Path, runtime: str | None = None) -> Generator:
-        """Open a model and a runtime by name. Raises what open_model and load_runtime raise.
+    def open(
+        cls,
+        source: str | Path | Bundle | Checkpoint,
+        runtime: str | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Generator:
+        """Open a model and a runtime by name. Raises what open_model, load_runtime and plan_sampling raise.
 
-        A many-step model is refused before anything heavy is loaded.
+        A many-step model is drawn in ``steps`` with ``guidance`` (by default the checkpoint's own), and
+        refused before anything heavy is loaded where no steps are asked for.
         """
-        model = open_model(source)
-        expect_one_step(model)
-        return cls(model, load_runtime(model, runtime))
+        model = source if isinstance(source, Bundle | Checkpoint) else open_model(source)
+        sampling = plan_sampling(model, runtime, steps, guidance)
+        if sampling is None:
+            return cls(model, load_runtime(model, runtime))
+        sampler: Any = registry.sampler()
+        return cls(model, sampler(model, sampling.steps, sampling.guidance), sampling)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -147,6 +170,8 @@ class Generator:
             "backend": backend_version(self.runtime.name),
             "edgeflow": __version__,
         }
+        if self.sampling is not None:
+            facts |= {"steps": str(self.sampling.steps), "guidance": f"{self.sampling.guidance:g}"}
         if isinstance(self.model, Bundle):
             manifest = self.model.manifest
             facts["bundle"] = f"{manifest.backend} {manifest.layout} {manifest.precision}"
@@ -166,6 +191,34 @@ class Generator:
         return Picture(pixels, prompt, seed, self.tokenizer.dropped_tokens(prompt), latency_ms, facts)
 
 
+def plan_sampling(
+    model: Bundle | Checkpoint, runtime: str | None, steps: int | None, guidance: float | None
+) -> Sampling | None:
+    """How a many-step model is to be drawn, or None for one that draws in one step.
+
+    Raises CheckpointError for a many-step model without ``steps``, UsageError for steps or guidance of a
+    model that has none, or on a runtime other than torch.
+    """
+    one_step = isinstance(model, Bundle) or model.kind == "one-step"
+    if one_step and (steps not in (None, 1) or guidance not in (None, 0, 1)):
+        asked = f"--steps {steps}" if steps not in (None, 1) else f"--guidance {guidance:g}"
+        raise UsageError(
+            f"{asked}: {model.root}: draws in one step without guidance, and was trained for nothing else; "
+            "expected a many-step checkpoint (kind rectified-flow or diffusion)"
+        )
+    if one_step or steps is None:
+        expect_one_step(model)
+        return None
+    assert isinstance(model, Checkpoint)
+    if model.kind == "autoencoder":
+        expect_one_step(model)
+    if runtime not in (None, REFERENCE_RUNTIME):
+        raise UsageError(
+            f"--steps {steps}: expected the runtime torch, which draws in several, got {runtime!r}"
+        )
+    return Sampling(steps, float(model.facts["guidance"]) if guidance is None else guidance)
+
+
 def expect_one_step(model: Bundle | Checkpoint) -> None:
     """Raises CheckpointError for a model that does not draw in one step."""
     if isinstance(model, Bundle):
@@ -174,7 +227,12 @@ def expect_one_step(model: Bundle | Checkpoint) -> None:
         kind, steps = model.kind, model.facts["steps"]
     if steps == 1 and kind in ("bundle", "one-step"):
         return
-    hint = "" if kind == "autoencoder" else f" of {steps} steps; distil it first: edgeflow train distill -h"
+    hint = ""
+    if kind != "autoencoder":
+        hint = (
+            f" of {steps} steps; distil it first: edgeflow train distill -h, or draw it in several with the "
+            f"torch runtime: --steps {steps}"
+        )
     raise CheckpointError(f"generate: {model.root}: expected a one-step model, got kind {kind!r}{hint}")
 
 

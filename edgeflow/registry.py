@@ -82,6 +82,11 @@ def runtime(name: str) -> type[Runtime]:
     return _resolve("runtime", name, RUNTIMES, REQUIRES.get(name, ("", name))[1])
 
 
+def sampler() -> Any:
+    """The class that draws many-step models, on torch. Raises BackendMissing with the pip line."""
+    return _resolve("sampler", "torch", {"torch": "edgeflow.runtimes.torch_sampler:TorchSampler"}, "export")
+
+
 def _resolve(kind: str, name: str, builtin: dict[str, str], extra: str) -> Any:
     outside = {e.name: e.value for e in entry_points(group=f"edgeflow.{kind}s")}
     known = {**outside, **builtin}

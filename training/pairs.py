@@ -103,7 +103,8 @@ class PairDrawer:
 
 
 def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path) -> int:
-    """Draw pairs into ``out``, whole shards at a time; shards that are there already are kept.
+    """Draw pairs into ``out``, a shard at a time; whole shards that are there already are kept, one that
+    was cut short (by ``minutes``, or by fewer ``num_pairs``) is drawn again.
 
     Pair i takes caption i modulo their number, so every caption is drawn equally often. Returns the number
     of pairs on disk.
@@ -111,12 +112,12 @@ def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path) -> int:
     per_shard = -(-config.shard_size // config.batch_size) * config.batch_size
     began, drawn, on_disk = time.monotonic(), 0, 0
     for number, start in enumerate(progress(range(0, config.num_pairs, per_shard), "pairs")):
-        path = out / f"pairs-{number:05d}.safetensors"
-        if path.is_file():
-            on_disk += len(load_file(path)["seed"])
+        path, end = out / f"pairs-{number:05d}.safetensors", min(start + per_shard, config.num_pairs)
+        if path.is_file() and len(load_file(path)["seed"]) == end - start:
+            on_disk += end - start
             continue
         latents: list[Tensor] = []
-        for numbers in torch.arange(start, min(start + per_shard, config.num_pairs)).split(config.batch_size):
+        for numbers in torch.arange(start, end).split(config.batch_size):
             if config.minutes and time.monotonic() - began > 60 * config.minutes:
                 break
             latents.append(drawer.draw(numbers))
@@ -137,8 +138,7 @@ def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path) -> int:
 
 
 def start_pairs(out: Path, config: PairsConfig, captions: list[str], *, force: bool, resume: bool) -> None:
-    """Make the folder. Raises OutputExistsError, or DataError for a --resume with other captions or
-    settings, or one whose last shard was cut short by --minutes (its pairs would be numbered twice)."""
+    """Make the folder. Raises OutputExistsError, or DataError for a --resume with other captions or settings."""
     if out.exists() and any(out.iterdir()):
         if resume:
             _check_continues(out, config, captions)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeflow.cli import options
+from edgeflow.cli.changes import change_options, opened
 
 if TYPE_CHECKING:
     from edgeflow.parity_report import ParityReport
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     help="What the pipeline graph draws: float32 in [0, 1] or uint8.",
 )
 @click.option("--parity/--no-parity", default=True, help="Measure the bundles against PyTorch afterwards.")
+@change_options
 @options.out_option("Folder for the bundles, each at <backend>-<graph>-<precision>.")
 @options.force_option
 @options.json_option
@@ -64,24 +66,25 @@ def command(
     layouts: tuple[str, ...],
     picture: str,
     parity: bool,
+    changes: dict[str, Any],
     out: Path,
     force: bool,
     as_json: bool,
 ) -> None:
     """Export MODEL, one bundle for each backend, graph layout and precision, and measure their parity.
 
-    MODEL is a built-in model (emoji), a checkpoint folder or a hub id, and must draw in one step. All bundles
+    MODEL is a built-in model (emoji), a checkpoint folder, one safetensors file or a hub id, and must draw in
+    one step. All bundles
     appear at the end, or none does. Equal inputs give equal bytes.
 
     Exit codes: 0 done, 1 failed, 2 usage, 3 a parity gate failed (the bundles are written all the same),
     4 a backend is not installed.
     """
-    from edgeflow.checkpoint import Checkpoint
     from edgeflow.export import export_model, plan
 
     plan(backends, precisions, layouts, picture)
-    checkpoint = Checkpoint.open(model)
     with ExitStack() as stack:
+        checkpoint = stack.enter_context(opened(model, changes))
         say = options.spinner(stack)
         paths = export_model(
             checkpoint,

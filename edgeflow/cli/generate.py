@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeflow.cli import options
+from edgeflow.cli.changes import any_given, change_options, opened
 from edgeflow.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +53,19 @@ Job = tuple[str, int]  # prompt, seed
     metavar="NAME",
     help="What runs the model; default: the bundle's own backend, torch for a checkpoint.",
 )
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Steps for a many-step checkpoint, which the torch runtime can draw; a one-step model needs none.",
+)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(min=0, max=1000),
+    metavar="W",
+    help="Guidance with --steps; default: the checkpoint's own. 1 or less is none.",
+)
+@change_options
 @options.force_option
 @options.json_option
 @options.verbosity
@@ -63,6 +78,9 @@ def command(
     count: int,
     grid: bool,
     runtime: str | None,
+    steps: int | None,
+    guidance: float | None,
+    changes: dict[str, Any],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -72,16 +90,21 @@ def command(
     prompt is drawn from the same seed; the same seed gives the same noise on every runtime. Each PNG
     records its prompt, seed, model, checkpoint hash, runtime and versions. Prints the paths written.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
+    A many-step checkpoint (2-rectified flow, Stable Diffusion) is refused unless --steps says how many: a
+    rectified flow is then integrated by Euler's method, a diffusion model by DPM-Solver++.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 4 a backend is not installed.
     """
     jobs = _jobs([*prompts, *_lines(prompts_file)], seed, count)
     single = grid or len(jobs) == 1
     _check_out(out, single, force)
     from edgeflow.generate import Generator
 
-    generator = Generator.open(model, runtime)
-    write = _write_single if single else _write_folder
-    paths, pictures = write(generator, jobs, out, force, count)
+    with ExitStack() as stack:
+        source: Any = stack.enter_context(opened(model, changes)) if any_given(changes) else model
+        generator = Generator.open(source, runtime, steps=steps, guidance=guidance)
+        write = _write_single if single else _write_folder
+        paths, pictures = write(generator, jobs, out, force, count)
     if as_json:
         options.print_json(_report(generator, pictures, paths))
     else:

@@ -226,8 +226,8 @@ def pickle_unet(root: Path) -> None:
     (root / UNET).rename(root / "unet/diffusion_pytorch_model.bin")
 
 
-def half_precision_only(root: Path) -> None:
-    (root / UNET).rename(root / "unet/diffusion_pytorch_model.fp16.safetensors")
+def brain_precision_only(root: Path) -> None:
+    (root / UNET).rename(root / "unet/diffusion_pytorch_model.bf16.safetensors")
 
 
 def empty_weights(root: Path) -> None:
@@ -239,7 +239,7 @@ def empty_weights(root: Path) -> None:
     ("change", "message"),
     [
         (pickle_unet, "got the pickle diffusion_pytorch_model.bin, which is refused"),
-        (half_precision_only, "expected weights in .*, got diffusion_pytorch_model.fp16.safetensors"),
+        (brain_precision_only, "expected weights in .*, got diffusion_pytorch_model.bf16.safetensors"),
         (lambda root: (root / UNET).unlink(), "expected weights in .*, got none"),
         (empty_weights, "got a file without a tensor"),
         (lambda root: (root / "unet/config.json").unlink(), "expected the file config.json, found none"),
@@ -356,7 +356,7 @@ def test_a_builtin_name_comes_before_a_folder_of_that_name(
 
 
 def test_a_wrong_path_is_never_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "_from_hub", lambda model: pytest.fail(f"asked the hub for {model}"))
+    monkeypatch.setattr(checkpoints, "from_hub", lambda model, *_: pytest.fail(f"asked the hub for {model}"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for wrong in ("runs/missing", "./missing", "../missing", "/missing", "a/b/c", "~/missing", "missing"):
