@@ -436,7 +436,7 @@ def _from_config(checkpoint: Checkpoint, part: str) -> Any:
 
     folder = checkpoint.root / part
     cls = getattr(transformers if part == "text_encoder" else diffusers, checkpoint.class_name(part))
-    with _quiet():
+    with quiet_libraries():
         try:
             if part == "text_encoder":
                 return cls(cls.config_class.from_pretrained(folder)).float()

@@ -138,7 +138,7 @@ def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path) -> int:
 
 
 def start_pairs(out: Path, config: PairsConfig, captions: list[str], *, force: bool, resume: bool) -> None:
-    """Make the folder. Raises OutputExistsError, or DataError for a --resume with other captions or settings."""
+    """Make the folder. Raises OutputExistsError, or DataError for a --resume that does not fit."""
     if out.exists() and any(out.iterdir()):
         if resume:
             _check_continues(out, config, captions)
