@@ -57,7 +57,7 @@ def unpack(path: Path, config: str | Path | None = None) -> Path:
     model_facts.read_facts(root, path.stem, index)  # refuses a family that is not ours before any work
     folder = cache_folder() / "single-file" / f"{path.stem}-{_key(path, root)}"
     if not folder.is_dir():
-        from edgeflow.components import quiet_libraries
+        from edgeflow.loading import quiet_libraries
 
         with quiet_libraries(), staged_folder(folder, force=True) as stage:
             _convert(path, root, stage, half=all(t.dtype == "F16" for t in names.values()))

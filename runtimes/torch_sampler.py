@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeflow.checkpoint import Checkpoint
-from edgeflow.components import load_modules
+from edgeflow.loading import load_modules
 from edgeflow.solvers import solve
 from edgeflow.spec import PIPELINE
 from edgeflow.tokenizer import ClipTokenizer

@@ -30,8 +30,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgeflow.components import quiet_libraries
 from edgeflow.errors import EdgeflowError
+from edgeflow.loading import quiet_libraries
 from edgeflow.staging import staged_folder
 from edgeflow.tokenizer import END
 from edgeflow.training.random_vocabulary import write_tokenizer

@@ -75,7 +75,8 @@ def quantize_checkpoint(
     quantized already, ExportError for one that edgeflow cannot export, ConfigError for a recipe that does not
     fit it, OutputExistsError.
     """
-    from edgeflow.components import check_exportable, load_part
+    from edgeflow.components import check_exportable
+    from edgeflow.loading import load_part
 
     if checkpoint.quantization is not None:
         name = checkpoint.quantization["recipe"]["name"]

@@ -15,9 +15,10 @@ torch = pytest.importorskip("torch")
 
 from edgeflow.checkpoint import Checkpoint  # noqa: E402
 from edgeflow.cli import cli  # noqa: E402
-from edgeflow.components import load_components, load_modules  # noqa: E402
+from edgeflow.components import load_components  # noqa: E402
 from edgeflow.errors import CheckpointError, ExportError, UsageError  # noqa: E402
 from edgeflow.generate import Generator, open_model  # noqa: E402
+from edgeflow.loading import load_modules  # noqa: E402
 
 PROMPT, SEED = "a red bicycle", 3
 
