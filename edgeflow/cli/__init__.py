@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=options.CONTEXT,
     epilog=options.example(
         'edgeflow generate emoji "red apple" -o apple.png', "edgeflow export emoji --to onnx -o bundles"
     ),

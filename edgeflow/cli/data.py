@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from edgeflow.cli.options import (
+    CONTEXT,
     example,
     force_option,
     json_option,
@@ -22,6 +23,7 @@ from edgeflow.cli.options import (
 
 @click.group(
     "data",
+    context_settings=CONTEXT,
     short_help="Make a captioned picture set to train on.",
     epilog=example("edgeflow data emoji -o data/emoji"),
 )

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog=options.example("edgeflow export emoji --to onnx --to openvino --precision fp16 -o bundles")
+    context_settings=options.CONTEXT,
+    epilog=options.example("edgeflow export emoji --to onnx --to openvino --precision fp16 -o bundles"),
 )
 @click.argument("model", metavar="MODEL")
 @click.option(

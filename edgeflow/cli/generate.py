@@ -24,10 +24,11 @@ Job = tuple[str, int]  # prompt, seed
 
 
 @click.command(
+    context_settings=options.CONTEXT,
     epilog=options.example(
         'edgeflow generate emoji "red apple, noto style" -o apple.png',
         'edgeflow generate bundles/onnx-pipeline-fp32 "red apple" "sailboat" --grid -o sheet.png',
-    )
+    ),
 )
 @click.argument("model", metavar="MODEL_OR_BUNDLE")
 @click.argument("prompts", nargs=-1, metavar='"PROMPT"...')

@@ -16,7 +16,8 @@ _PIPED_WIDTH = 160
 
 
 @click.command(
-    epilog=options.example("edgeflow inspect emoji", "edgeflow inspect bundles/onnx-pipeline-fp32")
+    context_settings=options.CONTEXT,
+    epilog=options.example("edgeflow inspect emoji", "edgeflow inspect bundles/onnx-pipeline-fp32"),
 )
 @click.argument("path", metavar="PATH_OR_NAME")
 @options.json_option

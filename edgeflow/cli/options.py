@@ -26,6 +26,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 _LOG = logging.getLogger("edgeflow")
+
+#: ``context_settings`` of the group and of every verb: a verb answers to -h also when it is run by itself.
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 #: Loggers of libraries that remark on themselves while they are imported, on any use: torchao on kernels that
 #: we never call, diffusers on torchao. -v lets them speak.
 _CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")

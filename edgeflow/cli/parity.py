@@ -12,6 +12,7 @@ from edgeflow.cli import options
 
 
 @click.command(
+    context_settings=options.CONTEXT,
     epilog=options.example("edgeflow parity bundles/onnx-pipeline-fp16 --against emoji --gate lowering=45"),
 )
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))

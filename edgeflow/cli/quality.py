@@ -15,6 +15,7 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command(
+    context_settings=options.CONTEXT,
     epilog=options.example(
         "edgeflow quality emoji --data data/emoji",
         "edgeflow quality runs/reflow emoji --data data/emoji --teacher runs/teacher --nfe-curve -o quality",

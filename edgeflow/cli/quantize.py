@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from edgeflow.quantization.apply import QuantizationReport
 
 
-@click.command(epilog=options.example("edgeflow quantize emoji --recipe w8 -o emoji-w8"))
+@click.command(
+    context_settings=options.CONTEXT,
+    epilog=options.example("edgeflow quantize emoji --recipe w8 -o emoji-w8"),
+)
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--recipe",

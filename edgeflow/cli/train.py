@@ -7,13 +7,22 @@ from typing import Any
 
 import click
 
-from edgeflow.cli.options import example, force_option, json_option, out_option, print_json, verbosity
+from edgeflow.cli.options import (
+    CONTEXT,
+    example,
+    force_option,
+    json_option,
+    out_option,
+    print_json,
+    verbosity,
+)
 from edgeflow.errors import BackendMissing
 
 _FOLDER = click.Path(path_type=Path)
 
 
 @click.command(
+    context_settings=CONTEXT,
     short_help="Train one stage.",
     epilog=example(
         "edgeflow train teacher --preset emoji --data data --from runs/autoencoder -o runs/teacher"
