@@ -28,7 +28,6 @@ from edgeflow.generate import backend_version, is_fused, load_runtime, run_pipel
 from edgeflow.parity_quantization import quantization_rows
 from edgeflow.parity_reference import (
     CHECKPOINT,
-    NOTHING,
     OUTPUTS,
     TORCH_PACKAGES,
     Reference,
@@ -49,6 +48,7 @@ from edgeflow.parity_report import (
     check_gates,
     judged,
     limit_of,
+    model_row,
     print_report,
 )
 from edgeflow.registry import Runtime
@@ -160,32 +160,13 @@ def labels(bundles: Iterable[Bundle]) -> list[str]:
 
 def _rewrite(spec: GenerationSpec, reference: Reference, gates: Mapping[str, float]) -> list[Measurement]:
     """Original ↔ export-ready, per component; a row that says so where the originals are not there."""
-    blank = Measurement(
-        gap=REWRITE,
-        model=spec.name,
-        checkpoint=spec.checkpoint_hash,
-        bundle=None,
-        runtime="torch",
-        precision="fp32",
-        component="all",
-        against=NOTHING,
-        metric="sqnr_db",
-        gate=None,
-        prompts=reference.prompts,
-        values=(),
-        status=UNMEASURED,
-        reason=reference.reason,
-    )
+    blank = model_row(REWRITE, spec, reference.prompts, reference.reason)
     if reference.components is None:
         return [blank]
     rows = []
     for graph in (*COMPONENTS, PIPELINE):
-        original = [
-            sample.picture
-            if graph == PIPELINE
-            else _original(reference.components[graph], graph, sample, spec)
-            for sample in reference.samples
-        ]
+        component = reference.components[graph]
+        original = [_original(component, graph, sample, spec) for sample in reference.samples]
         for metric in ("sqnr_db", "max_abs"):
             pairs = zip(original, reference.samples, strict=True)
             values = tuple(_METRICS[metric](array, sample.output(graph)) for array, sample in pairs)

@@ -14,8 +14,8 @@ from edgeflow import metrics
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import CheckpointError, EdgeflowError
-from edgeflow.parity_reference import NOTHING, OUTPUTS, Reference, is_local
-from edgeflow.parity_report import QUANTIZATION, UNMEASURED, Measurement, judged
+from edgeflow.parity_reference import OUTPUTS, Reference, is_local
+from edgeflow.parity_report import QUANTIZATION, Measurement, judged, model_row
 from edgeflow.spec import COMPONENTS, PIPELINE
 
 if TYPE_CHECKING:
@@ -37,21 +37,7 @@ def quantization_rows(
     recipe, spec = bundle.manifest.recipe, bundle.generation
     if recipe is None:
         return []
-    blank = Measurement(
-        gap=QUANTIZATION,
-        model=spec.name,
-        checkpoint=spec.checkpoint_hash,
-        bundle=None,
-        runtime="torch",
-        precision="fp32",
-        component="all",
-        against=NOTHING,
-        metric="sqnr_db",
-        gate=None,
-        prompts=reference.prompts,
-        values=(),
-        status=UNMEASURED,
-    )
+    blank = model_row(QUANTIZATION, spec, reference.prompts)
     source, reason = _source(checkpoint, reference, given)
     if source is None:
         return [replace(blank, reason=reason)]

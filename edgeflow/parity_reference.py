@@ -30,7 +30,7 @@ NUM_PROMPTS = 4
 #: Graph → its one output.
 OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "velocity", "decoder": "image", PIPELINE: "image"}
 #: What a reference was made from, besides ``reference.npz``.
-CHECKPOINT, NOTHING = "checkpoint", "nothing"
+CHECKPOINT = "checkpoint"
 #: What computing a reference afresh needs, besides the checkpoint.
 TORCH_PACKAGES = ("torch", "diffusers", "transformers")
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeflow.errors import GateFailed, UnknownNameError, UsageError
+from edgeflow.spec import GenerationSpec
 
 SCHEMA = 1
 REWRITE, LOWERING, QUANTIZATION, END_TO_END = "rewrite", "lowering", "quantization", "end_to_end"
@@ -126,6 +127,28 @@ class Measurement:
         prompt, name = self.prompts[self.values.index(self.worst)], METRICS[self.metric][0]
         value = show(self.metric, self.worst)
         return f"{self.place}: {name} {value}, gate {show_gate(self)} (prompt {prompt!r})"
+
+
+def model_row(
+    gap: str, spec: GenerationSpec, prompts: tuple[str, ...], reason: str | None = None
+) -> Measurement:
+    """A row of a gap between two models in eager PyTorch, which no bundle takes part in: not measured yet."""
+    return Measurement(
+        gap=gap,
+        model=spec.name,
+        checkpoint=spec.checkpoint_hash,
+        bundle=None,
+        runtime="torch",
+        precision="fp32",
+        component="all",
+        against="nothing",
+        metric="sqnr_db",
+        gate=None,
+        prompts=prompts,
+        values=(),
+        status=UNMEASURED,
+        reason=reason,
+    )
 
 
 def judged(measurement: Measurement) -> str:
