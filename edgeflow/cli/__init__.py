@@ -77,7 +77,8 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings=options.CONTEXT,
     epilog=options.example(
-        'edgeflow generate emoji "red apple" -o apple.png', "edgeflow export emoji --to onnx -o bundles"
+        'edgeflow generate emoji "red apple, noto style" -o apple.png',
+        "edgeflow export emoji --to onnx -o bundles",
     ),
 )
 @click.version_option(__version__, message="edgeflow %(version)s")
