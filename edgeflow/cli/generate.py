@@ -27,7 +27,7 @@ Job = tuple[str, int]  # prompt, seed
     context_settings=options.CONTEXT,
     epilog=options.example(
         'edgeflow generate emoji "red apple, noto style" -o apple.png',
-        'edgeflow generate bundles/onnx-pipeline-fp32 "cat face, noto style" "owl, noto style" --grid -o a.png',
+        'edgeflow generate bundles/onnx-pipeline-fp32 "owl, noto style" "cat, noto style" --grid -o a.png',
     ),
 )
 @click.argument("model", metavar="MODEL_OR_BUNDLE")
