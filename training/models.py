@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from edgeflow.checkpoint import FACTS, SCHEMA, Checkpoint
 from edgeflow.errors import CheckpointError
+from edgeflow.loading import quiet_libraries
 
 
 def dpm_solver() -> DPMSolverMultistepScheduler:
@@ -114,13 +115,14 @@ def load_parts(model: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     """Open a checkpoint and load every part in eval mode. Raises CheckpointError for a bad folder."""
     checkpoint = _open_float(model)
     root = checkpoint.root
-    return Parts(
-        vae=AutoencoderTiny.from_pretrained(root / "vae", torch_dtype=dtype),
-        unet=UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=dtype),
-        text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", dtype=dtype).eval(),
-        tokenizer_dir=root / "tokenizer",
-        facts=checkpoint.facts,
-    )
+    with quiet_libraries():
+        return Parts(
+            vae=AutoencoderTiny.from_pretrained(root / "vae", torch_dtype=dtype),
+            unet=UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=dtype),
+            text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", dtype=dtype).eval(),
+            tokenizer_dir=root / "tokenizer",
+            facts=checkpoint.facts,
+        )
 
 
 def _open_float(model: str | Path) -> Checkpoint:
@@ -187,5 +189,6 @@ def _write_index(folder: Path, class_name: str, index: dict[str, Any], facts: di
 
 def load_autoencoder(model: str | Path) -> AutoencoderTiny:
     """The autoencoder of a checkpoint of any kind, in eval mode. Raises CheckpointError for integers."""
-    vae = AutoencoderTiny.from_pretrained(_open_float(model).root / "vae")
+    with quiet_libraries():
+        vae = AutoencoderTiny.from_pretrained(_open_float(model).root / "vae")
     return vae.eval().requires_grad_(False)
