@@ -46,6 +46,7 @@ class Pairs:
     latent: Tensor
     caption: Tensor  # int64 (N,) into ``captions``
     captions: list[str]
+    seed: Tensor  # int64 (N,), on the CPU: of the noise
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Pairs:
@@ -64,14 +65,22 @@ class Pairs:
             latent=latent.to(device).float(),
             caption=torch.cat([p["caption"] for p in parts]).to(device).long(),
             captions=read_captions(folder / "captions.json"),
+            seed=seeds.long(),
         )
+
+    def names(self, index: Tensor) -> list[str]:
+        """Seeds and captions of the pairs ``index`` (on the CPU), for messages."""
+        captions = [self.captions[i] for i in self.caption[index.to(self.caption.device)].tolist()]
+        return [f"seed {s} ({c})" for s, c in zip(self.seed[index].tolist(), captions, strict=True)]
 
     def nearest(self, keep: float) -> Pairs:
         """The ``keep`` fraction with the shortest ‖x₁ − x₀‖: the farthest are often the solver's failures
         (Re-MeanFlow, arXiv 2511.23342)."""
         distance = (self.latent - self.noise).square().flatten(1).sum(1)
         index = distance.argsort()[: max(1, int(keep * len(distance)))]
-        return Pairs(self.noise[index], self.latent[index], self.caption[index], self.captions)
+        return Pairs(
+            self.noise[index], self.latent[index], self.caption[index], self.captions, self.seed[index.cpu()]
+        )
 
 
 class PairDrawer:
