@@ -41,6 +41,10 @@ class Corpus:
         """Float pictures in [-1, 1] of shape (len(index), 3, S, S)."""
         return self.images[index].float() / 127.5 - 1.0
 
+    def head(self, count: int) -> Corpus:
+        """The first ``count`` pictures."""
+        return Corpus(self.images[:count], self.captions[:count], self.keys[:count])
+
     def names(self, index: Tensor) -> list[str]:
         """Keys and captions of the pictures ``index``, for messages."""
         return [f"{self.keys[i]} ({self.captions[i]})" for i in index.tolist()]

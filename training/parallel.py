@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 #: Elements of a flat bucket: 256 MiB of float32.
-_BUCKET = 64 * 1024 * 1024
+BUCKET = 64 * 1024 * 1024
 #: How long a process waits for the others: process 0 may be saving a state or drawing a sheet.
 _PATIENCE = timedelta(minutes=30)
 
@@ -100,11 +100,11 @@ class Processes:
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, in groups of at most ``_BUCKET`` elements (or one larger tensor)."""
+    """The tensors in order, in groups of at most ``BUCKET`` elements (or one larger tensor)."""
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if group and size + tensor.numel() > _BUCKET:
+        if group and size + tensor.numel() > BUCKET:
             yield group
             group, size = [], 0
         group.append(tensor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import load_autoencoder
 from edgeflow.training.pairs import PairDrawer, Pairs, draw_pairs, start_pairs
 from edgeflow.training.parallel import Processes
+from edgeflow.training.plan import header, loop_plan
 from edgeflow.training.presets import PRESETS, STAGES
 from edgeflow.training.reflow import ReflowObjective
+from edgeflow.training.state import last_step, require_tensorboard
 from edgeflow.training.teacher import TeacherObjective
 from edgeflow.training.vocabulary import train_vocabulary
 
@@ -51,6 +55,7 @@ class Request:
     device: str = "auto"
     force: bool = False
     resume: bool = False
+    dry_run: bool = False
 
 
 def run_stage(request: Request) -> Path:
@@ -58,19 +63,11 @@ def run_stage(request: Request) -> Path:
 
     Under ``torchrun`` or ``accelerate launch`` every process calls this; the first one writes.
     """
-    if request.stage not in STAGES:
-        raise UnknownNameError("stage", request.stage, STAGES)
-    if request.preset not in PRESETS:
-        raise UnknownNameError("preset", request.preset, PRESETS)
+    config = _configure(request)
     processes = Processes.join(pick_device(request.device))
     device = processes.device
     if not processes.main:
         logging.getLogger("edgeflow").setLevel(logging.ERROR)
-    prefix = "" if request.stage == "pairs" else "loop."
-    flags = {prefix + k: v for k, v in (request.flags or {}).items() if v is not None}
-    if "steps" in flags:  # pairs has no loop: its --steps is the number of pairs
-        flags["num_pairs"] = flags.pop("steps")
-    config = resolve(PRESETS[request.preset][request.stage], request.toml, request.overrides, flags)
     _check_needs(request)
     _check_device(config, device)
     torch.backends.cudnn.benchmark = True
@@ -85,6 +82,41 @@ def run_stage(request: Request) -> Path:
     processes.barrier()
     train(objective, config.loop, request.out, device, request.resume)
     return request.out
+
+
+def plan_stage(request: Request) -> dict[str, Any]:
+    """What :func:`run_stage` would do, as JSON values; nothing is written. Raises as it does.
+
+    On a machine without the GPU that the settings ask for, the plan is made on the CPU.
+    """
+    config, device = _configure(request), pick_device(request.device)
+    _check_needs(request)
+    plan = header(request.stage, request.preset, request.out, device, config)
+    if request.stage == "pairs":
+        return {**plan, "pairs": config.num_pairs}
+    check_run(request.out, force=request.force, resume=request.resume)
+    eager = replace(config, loop=replace(config.loop, compile=False, cuda_graph=False))
+    with tempfile.TemporaryDirectory() as scratch:
+        away = replace(request, out=Path(scratch) / "run", resume=False, dry_run=True)
+        objective = _objective(away, eager, device)
+        plan.update(loop_plan(objective, config.loop, int(os.environ.get("WORLD_SIZE", "1"))))
+    return {**plan, "resumes_from": (last_step(request.out) or 0) if request.resume else 0}
+
+
+def _configure(request: Request) -> Any:
+    """The resolved configuration of the stage."""
+    if request.stage not in STAGES:
+        raise UnknownNameError("stage", request.stage, STAGES)
+    if request.preset not in PRESETS:
+        raise UnknownNameError("preset", request.preset, PRESETS)
+    prefix = "" if request.stage == "pairs" else "loop."
+    flags = {prefix + k: v for k, v in (request.flags or {}).items() if v is not None}
+    if "steps" in flags:  # pairs has no loop: its --steps is the number of pairs
+        flags["num_pairs"] = flags.pop("steps")
+    config = resolve(PRESETS[request.preset][request.stage], request.toml, request.overrides, flags)
+    if getattr(config, "loop", None) is not None and config.loop.tensorboard:
+        require_tensorboard()
+    return config
 
 
 def pick_device(name: str) -> torch.device:
@@ -150,9 +182,15 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
     if request.stage == "teacher":
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
-        return TeacherObjective(
-            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus, device), device
-        )
+        vocabulary = _vocabulary(request, config, corpus, device)
+        vae = load_autoencoder(source)
+        if not request.dry_run:
+            return TeacherObjective(config, corpus, vae, vocabulary, device)
+        objective = TeacherObjective(config, corpus.head(1), vae, vocabulary, device)
+        count = len(corpus.captions)  # a plan wants their size: one stands for all, none is encoded
+        objective.latents = objective.latents.expand(count, -1, -1, -1)
+        objective.ids = objective.ids.expand(count, -1)
+        return objective
     assert request.pairs is not None
     kind = ReflowObjective if request.stage == "reflow" else DistillObjective
     return kind(config, source, Pairs.load(request.pairs, device), device)

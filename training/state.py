@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,14 +105,16 @@ class Log:
             file.write("".join(kept).encode())
 
 
+def require_tensorboard() -> None:
+    """Raises BackendMissing where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise BackendMissing("tensorboard", "tensorboard")
+
+
 def _tensorboard(out: Path, done: int) -> Any:
-    try:
-        import tensorboard  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise BackendMissing("tensorboard", "tensorboard") from error
+    require_tensorboard()
     from accelerate.tracking import TensorBoardTracker
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     tracker = TensorBoardTracker("tensorboard", out, purge_step=done + 1)
     tracker.start()
     return tracker

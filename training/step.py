@@ -35,7 +35,7 @@ class Step:
         self.draw: Draw | None = getattr(objective, "draw", None)
         _share_draw(self.draw, config, processes)
         if config.checkpointing:
-            _checkpoint_activations(objective.trained)
+            checkpoint_activations(objective.trained)
         self.params = [p for p in objective.trained.parameters() if p.requires_grad]
         self.modules = {
             name: [p for p in module.parameters() if p.requires_grad]
@@ -204,7 +204,7 @@ def _averaged(objective: Objective) -> tuple[list[tuple[Tensor, Tensor]], list[t
     return parameters, buffers
 
 
-def _checkpoint_activations(trained: nn.ModuleDict) -> None:
+def checkpoint_activations(trained: nn.ModuleDict) -> None:
     """Have the modules that can (diffusers' models) recompute activations in the backward pass.
 
     The models have no dropout, so the random state need not be replayed; reading it would end a capture.

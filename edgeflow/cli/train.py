@@ -48,6 +48,7 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder.")
+@click.option("--dry-run", is_flag=True, help="Print what the run would be, and write nothing.")
 @force_option
 @json_option
 @verbosity
@@ -62,19 +63,27 @@ def command(as_json: bool, **options: Any) -> None:
     distill      --pairs --from REFLOW     the whole path in one step
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
-    and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
+    and continues with --resume, also after it was killed. On several GPUs: torchrun -m edgeflow.cli train …
+    Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
     """
     try:
-        from edgeflow.training.run import Request, run_stage
+        from edgeflow.training.plan import render
+        from edgeflow.training.run import Request, plan_stage, run_stage
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("edgeflow"):
             raise
         raise BackendMissing(error.name or "torch", "train") from error
     flags = {name: options.pop(name) for name in ("steps", "minutes", "seed")}
-    out = run_stage(Request(flags=flags, **options))
+    request = Request(flags=flags, **options)
+    if request.dry_run:
+        plan = plan_stage(request)
+    else:
+        out = run_stage(request)
     if os.environ.get("RANK", "0") != "0":  # of many processes the first one speaks
         return
-    if as_json:
+    if request.dry_run:
+        print_json(plan) if as_json else click.echo(render(plan))
+    elif as_json:
         print_json({"stage": options["stage"], "run": str(out)})
     else:
         click.echo(str(out))

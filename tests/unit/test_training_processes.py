@@ -86,7 +86,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
 
 
 def test_buckets_hold_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeflow.training.parallel._BUCKET", 5)
+    monkeypatch.setattr("edgeflow.training.parallel.BUCKET", 5)
     tensors = [torch.zeros(n) for n in (2, 3, 1, 9, 4)]
     assert [[len(t) for t in b] for b in buckets(tensors)] == [[2, 3], [1], [9], [4]]
 
@@ -98,7 +98,7 @@ def test_micro_batches_are_the_batch(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two gloo processes under torchrun, each with two micro-batches, go on with a run begun by one process."""
+    """Two gloo processes under torchrun, each with two micro-batches, go on with a run begun by one."""
     driver.drive(tmp_path / "one", {"log_every": 1})
     driver.drive(tmp_path / "two", {"log_every": 1, "steps": 3})
     assert start(tmp_path / "two", {"log_every": 1, "accumulate": 2}, "--resume", processes=2) == 0
