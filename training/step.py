@@ -41,7 +41,9 @@ class Step:
             name: [p for p in module.parameters() if p.requires_grad]
             for name, module in objective.trained.items()
         }
-        self.average, self.buffers = _averaged(objective)
+        average, self.buffers = _averaged(objective)
+        own = dict(average)
+        self.average = [(bucket, [own[a] for a in bucket]) for bucket in buckets(list(own))]
         self.rate = torch.tensor(config.learning_rate, device=device)
         self.decay = torch.tensor(0.0, device=device)
         self.number = torch.tensor(0, device=device)
@@ -112,12 +114,19 @@ class Step:
         values = self._backward()
         gradients = [p.grad for p in self.params if p.grad is not None]
         values = self.processes.average(gradients, values)
-        norms = [nn.utils.clip_grad_norm_(params, self.config.clip_norm) for params in self.modules.values()]
+        norms = [self._clip(params) for params in self.modules.values()]
         with torch.no_grad():
             self._judge(torch.cat([values, torch.stack(norms).float()]))
         self.optimizer.step()
         with torch.no_grad():
             self._move_average()
+
+    def _clip(self, params: list[nn.Parameter]) -> Tensor:
+        """Clip the gradients of one module; returns their norm before. PyTorch answers from the CPU where
+        there is no gradient at all, which a capture would not survive."""
+        if all(p.grad is None for p in params):
+            return torch.zeros((), device=self.device)
+        return nn.utils.clip_grad_norm_(params, self.config.clip_norm)
 
     def _backward(self) -> Tensor:
         """Gradients of the mean over this process's micro-batches; returns the losses' means."""
@@ -156,10 +165,9 @@ class Step:
         """average ← decay·average + (1 − decay)·weights, a bucket at a time: large models have no room for
         a second copy. A bad step keeps the average: its decay is 1."""
         decay = torch.where(self.bad > 0, torch.ones_like(self.decay), self.decay)
-        own = dict(self.average)
-        for bucket in buckets(list(own)):
-            torch._foreach_mul_(bucket, decay)
-            torch._foreach_add_(bucket, torch._foreach_mul([own[a] for a in bucket], 1.0 - decay))
+        for average, weights in self.average:
+            torch._foreach_mul_(average, decay)
+            torch._foreach_add_(average, torch._foreach_mul(weights, 1.0 - decay))
         if self.buffers:
             torch._foreach_copy_([a for a, _ in self.buffers], [b for _, b in self.buffers])
 

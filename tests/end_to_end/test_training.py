@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +139,107 @@ def test_a_run_goes_on_with_more_steps(runs: Path, data: Path, tmp_path: Path) -
     train("autoencoder", "--data", data, "-o", out, "--resume")
     name = Path("checkpoint", "vae", "diffusion_pytorch_model.safetensors")
     assert (out / name).read_bytes() == (runs / "autoencoder" / name).read_bytes()
+
+
+def _first_log(run: Path) -> dict[str, float]:
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    return {k: v for k, v in line.items() if k not in ("images_per_s", "seconds")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "inputs"),
+    [
+        ("teacher", ("--data", "data", "--from", "autoencoder")),
+        ("reflow", ("--from", "teacher", "--pairs", "pairs")),
+        ("distill", ("--from", "reflow", "--pairs", "pairs")),
+    ],
+)
+def test_micro_batches_and_checkpointing_change_nothing(
+    runs: Path, data: Path, tmp_path: Path, stage: str, inputs: tuple[str, ...]
+) -> None:
+    """Losses and gradient norms of five steps in four pieces each, with activations recomputed."""
+    given = [data if w == "data" else w if w.startswith("--") else runs / w for w in inputs]
+    extra = ("--set", "loop.accumulate=4", "--set", "loop.checkpointing=true", "--steps", 5)
+    train(stage, *given, *extra, "-o", tmp_path / "run")
+    assert _first_log(tmp_path / "run") == pytest.approx(_first_log(runs / stage), rel=2e-5, abs=2e-5)
+
+
+def test_the_autoencoder_is_split_by_groups(data: Path, tmp_path: Path) -> None:
+    """Its term on the latents' moments belongs to a group of pictures: the same in one piece and in four."""
+    for pieces in (1, 4):
+        extra = (
+            "--set",
+            f"loop.accumulate={pieces}",
+            "--set",
+            "moments_group=2",
+            "--set",
+            "loop.log_every=1",
+        )
+        train("autoencoder", "--data", data, *extra, "--steps", 1, "-o", tmp_path / str(pieces))
+    whole, split = (_first_log(tmp_path / n) for n in "14")
+    assert split == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_dry_run_says_what_the_run_became_and_writes_nothing(
+    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("train", "teacher", "--preset", "tiny", "--data", str(data), "--device", "cpu", "--dry-run")
+    out = str(tmp_path / "out")
+    plans = []
+    for more in ((), ("--set", "loop.checkpointing=true")):
+        assert main([*wanted, "--from", str(runs / "autoencoder"), "-o", out, "--json", *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    plan, lean = plans
+    for row in plan["modules"]:
+        part = runs / "teacher" / "checkpoint" / row["name"]
+        stored = sum(t.numel() for f in part.glob("*.safetensors") for t in load_file(f).values())
+        assert row["parameters"] == stored and bool(row["trained"]) == (row["name"] != "vae")
+    assert plan["config"] == json.loads((runs / "teacher" / "config.json").read_text())
+    assert (plan["steps"], plan["pictures_seen"], plan["examples"], plan["passes"]) == (10, 80, 12, 6.67)
+    assert lean["memory_estimate_mib"]["activations"] < 0.5 * plan["memory_estimate_mib"]["activations"]
+    assert main([*wanted, "--from", str(runs / "autoencoder"), "-o", out]) == 0
+    assert "Nothing was written." in capsys.readouterr().out
+    assert not Path(out).exists()
+    assert main([*wanted, "--from", str(runs / "autoencoder"), "-o", str(runs / "teacher")]) == 2
+
+
+@pytest.mark.slow  # 20 s: three processes that import everything
+def test_a_stage_killed_on_the_command_line_resumes_to_the_same_bytes(
+    runs: Path, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL as soon as a state is there, wherever the run is by then."""
+    out = tmp_path / "run"
+    words = [
+        "train",
+        "autoencoder",
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--data",
+        str(data),
+        "-o",
+        str(out),
+    ]
+    words += ["--set", "loop.save_steps=1"]
+    process = subprocess.Popen([sys.executable, "-m", "edgeflow.cli", *words], stderr=subprocess.PIPE)
+    while not (out / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert main([*words, "--resume"]) == 0
+    name = Path("checkpoint", "vae", "diffusion_pytorch_model.safetensors")
+    assert (out / name).read_bytes() == (runs / "autoencoder" / name).read_bytes()
+
+
+@pytest.mark.slow  # 30 s: two processes that import everything
+def test_two_processes_on_the_command_line_are_one(runs: Path, data: Path, tmp_path: Path) -> None:
+    words = ["train", "teacher", "--preset", "tiny", "--device", "cpu", "--data", str(data)]
+    words += ["--from", str(runs / "autoencoder"), "-o", str(tmp_path / "two")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "edgeflow.cli"]
+    done = subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.splitlines() == [str(tmp_path / "two")]
+    assert _first_log(tmp_path / "two") == pytest.approx(_first_log(runs / "teacher"), rel=2e-5, abs=2e-5)
 
 
 def test_pairs_go_on_where_they_stopped(runs: Path, data: Path, tmp_path: Path) -> None:
