@@ -2,8 +2,8 @@
 
     python drive_training.py OUT SETTINGS.json [--resume]
 
-``settings`` are LoopConfig's, plus ``die_at`` (SIGKILL before that step's loss), ``die_saving`` (SIGKILL
-while the n-th state is half written) and ``minutes``.
+The settings are LoopConfig's, plus ``device``, ``die_at`` (SIGKILL before that step's loss) and ``die_saving``
+(SIGKILL while the n-th state is half written).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgeflow.training.draw import Draw
 from edgeflow.training.loop import averaged_copy, check_run, start_run, train
 from edgeflow.training.parallel import Processes
 
+CPU = torch.device("cpu")
 LOOP: dict[str, Any] = {
     "steps": 12,
     "batch_size": 16,
@@ -37,14 +38,14 @@ LOOP: dict[str, Any] = {
 class Regression:
     """Fits 64 points of a noisy line with two modules, of which one is averaged."""
 
-    def __init__(self, config: LoopConfig, die_at: int | None = None):
+    def __init__(self, config: LoopConfig, die_at: int | None = None, device: torch.device = CPU):
         torch.manual_seed(config.seed)
-        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.trained = nn.ModuleDict({"net": net, "offset": nn.Linear(4, 1)})
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
+        self.trained = nn.ModuleDict({"net": net, "offset": nn.Linear(4, 1).to(device)})
         self.averaged = averaged_copy(nn.ModuleDict({"net": net}))
-        self.draw = Draw(config.batch_size, torch.device("cpu"))
-        self.x = torch.randn(64, 4)
-        self.y = self.x.sum(1, keepdim=True) + 0.1 * torch.randn(64, 1)
+        self.draw = Draw(config.batch_size, device)
+        x, noise = torch.randn(64, 4), torch.randn(64, 1)
+        self.x, self.y = x.to(device), (x.sum(1, keepdim=True) + 0.1 * noise).to(device)
         self.done, self.die_at = 0, die_at
 
     def prepare(self, done: int) -> None:
@@ -73,13 +74,14 @@ def drive(out: Path, settings: dict[str, Any], *, resume: bool = False) -> Regre
     """Run the regression into ``out``; on several processes if a launcher says so."""
     settings = {**LOOP, **settings}
     die_at, die_saving = settings.pop("die_at", None), settings.pop("die_saving", None)
+    device = torch.device(settings.pop("device", "cpu"))
     if die_saving:
         _die_while_saving(die_saving)
     config = LoopConfig(**settings)
-    processes = Processes.join(torch.device("cpu"))
+    processes = Processes.join(device)
     check_run(out, force=False, resume=resume)
     processes.barrier()
-    objective = Regression(config, die_at)
+    objective = Regression(config, die_at, processes.device)
     if processes.main:
         start_run(out, dataclasses.asdict(config), resume=resume)
     processes.barrier()

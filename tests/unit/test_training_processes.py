@@ -194,3 +194,40 @@ def test_a_planted_nan_names_its_step_its_batch_and_the_last_state(
     for name in ("trained", "averaged"):
         good, stopped = getattr(before, name).state_dict(), getattr(kept[0], name).state_dict()
         assert all(torch.equal(good[key], stopped[key]) for key in good)
+
+
+# --- one CUDA graph ----------------------------------------------------------------------------------------
+
+CAPTURED = {"device": "cuda", "cuda_graph": True, "log_every": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 4}], ids=["whole", "accumulated"])
+def test_a_captured_step_is_the_eager_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    driver.drive(tmp_path / "eager", {"device": "cuda", "log_every": 1})
+    driver.drive(tmp_path / "captured", {**CAPTURED, **settings})
+    assert_same_run(tmp_path / "eager", tmp_path / "captured", 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_nan_inside_a_captured_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every point turns bad after the capture, at step 8 of 12; the log is read at the end alone."""
+
+    class Poisoned(driver.Regression):
+        def prepare(self, done: int) -> None:
+            super().prepare(done)
+            self.y.fill_(float("nan")) if done == 7 else None
+
+    monkeypatch.setattr(driver, "Regression", Poisoned)
+    with pytest.raises(TrainingError, match="not finite at step 8, on the batch of point"):
+        driver.drive(tmp_path / "run", {**CAPTURED, "log_every": 12})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_with_their_all_reduce_captured_are_one(tmp_path: Path) -> None:
+    driver.drive(tmp_path / "one", CAPTURED)
+    assert start(tmp_path / "two", CAPTURED, processes=2) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
