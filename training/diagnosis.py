@@ -51,7 +51,8 @@ def culprits(step: Step, objective: Objective, index: Tensor) -> list[int]:
     halving; the first few. Empty when only the batch as it was drawn did it."""
     assert step.draw is not None
     distinct = index.unique()
-    waiting, found = list(distinct.split(step.draw.size))[::-1], []
+    waiting = list(distinct.split(step.draw.size))[::-1]
+    found: list[int] = []
     while waiting and len(found) < _CULPRITS:
         some = waiting.pop()
         if _finite(step, objective, some):

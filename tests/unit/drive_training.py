@@ -2,7 +2,7 @@
 
     python drive_training.py OUT SETTINGS.json [--resume]
 
-The settings are LoopConfig's, plus ``device``, ``die_at`` (SIGKILL before that step's loss) and ``die_saving``
+Settings: LoopConfig's, ``device``, ``die_at`` (SIGKILL before that step's loss) and ``die_saving``
 (SIGKILL while the n-th state is half written).
 """
 
