@@ -22,6 +22,7 @@ from torch import Tensor
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli.options import progress
 from edgeflow.errors import DataError, OutputExistsError, TrainingError, UsageError
+from edgeflow.loading import quiet_libraries
 from edgeflow.solvers import scheduler_of
 from edgeflow.training.config import to_dict
 from edgeflow.training.corpus import caption_states, encode_captions
@@ -102,7 +103,8 @@ class PairDrawer:
         self.solver = scheduler_of(checkpoint)
         self.parts = load_parts(teacher)
         dtype = getattr(torch, config.weights)
-        self.unet = self.parts.unet.to(device, dtype=dtype, memory_format=torch.channels_last)
+        with quiet_libraries():
+            self.unet = self.parts.unet.to(device, dtype=dtype, memory_format=torch.channels_last)
         self.vae = self.parts.vae.to(device)
         self.encoder = self.parts.text_encoder.to(device)
         # A caption that is drawn once need not be kept.
