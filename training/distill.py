@@ -23,7 +23,7 @@ from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow, velocity_field
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import PerceptualDistance, pseudo_huber
-from edgeflow.training.models import load_parts
+from edgeflow.training.models import Parts, load_parts
 from edgeflow.training.pairs import Pairs
 
 
@@ -39,9 +39,9 @@ class DistillConfig:
 class DistillObjective:
     """Trains a one-step UNet, starting from the flow's weights."""
 
-    def __init__(self, config: DistillConfig, teacher: Path, pairs: Pairs, device: torch.device):
+    def __init__(self, config: DistillConfig, teacher: Path | Parts, pairs: Pairs, device: torch.device):
         self.config, self.device = config, device
-        self.parts = load_parts(teacher)
+        self.parts = teacher if isinstance(teacher, Parts) else load_parts(teacher)
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         self.flow = copy.deepcopy(unet).eval().requires_grad_(False) if config.target_steps else None

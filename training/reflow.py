@@ -21,7 +21,7 @@ from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import pseudo_huber
-from edgeflow.training.models import load_parts
+from edgeflow.training.models import Parts, load_parts
 from edgeflow.training.pairs import Pairs
 
 
@@ -35,9 +35,9 @@ class ReflowConfig:
 class ReflowObjective:
     """Trains the UNet to the velocity of straight lines, starting from the teacher's weights."""
 
-    def __init__(self, config: ReflowConfig, teacher: Path, pairs: Pairs, device: torch.device):
+    def __init__(self, config: ReflowConfig, teacher: Path | Parts, pairs: Pairs, device: torch.device):
         self.config, self.device = config, device
-        self.parts = load_parts(teacher)
+        self.parts = teacher if isinstance(teacher, Parts) else load_parts(teacher)
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         if self.parts.facts["kind"] == "diffusion":

@@ -18,9 +18,10 @@ from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import load_autoencoder
-from edgeflow.training.pairs import PairDrawer, Pairs, draw_pairs, start_pairs
+from edgeflow.training.pairs import PairDrawer, Pairs, check_pairs, draw_pairs, read_prompts, start_pairs
 from edgeflow.training.parallel import Processes
 from edgeflow.training.presets import PRESETS, STAGES
+from edgeflow.training.ranks import Ranks
 from edgeflow.training.reflow import ReflowObjective
 from edgeflow.training.teacher import TeacherObjective
 from edgeflow.training.vocabulary import train_vocabulary
@@ -29,7 +30,7 @@ from edgeflow.training.vocabulary import train_vocabulary
 _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "autoencoder": (True, (), False),
     "teacher": (True, ("autoencoder", "diffusion"), False),
-    "pairs": (True, ("diffusion",), False),
+    "pairs": (False, ("diffusion",), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
 }
@@ -45,6 +46,7 @@ class Request:
     data: Path | None = None
     source: Path | None = None  # a run folder or a checkpoint
     pairs: Path | None = None
+    prompts: Path | None = None  # one caption a line, in place of a data set's
     toml: Path | None = None
     overrides: tuple[str, ...] = ()
     flags: dict[str, Any] | None = None
@@ -129,14 +131,24 @@ def _check_device(config: Any, device: torch.device) -> None:
 
 
 def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
-    assert request.data is not None and request.source is not None
-    teacher = checkpoint_of(request.source)
-    size = int(Checkpoint.open(teacher).facts["picture_size"])
-    captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
-    start_pairs(request.out, config, captions, force=request.force, resume=request.resume)
-    if draw_pairs(config, PairDrawer(config, teacher, captions, device), request.out) == 0:
-        raise TrainingError(f"pairs: {request.out}: no pair was drawn within {config.minutes} minutes")
-    return request.out
+    assert request.source is not None
+    if (request.data is None) == (request.prompts is None):
+        raise UsageError("train pairs: expected one of --data DIR and --prompts FILE for the captions")
+    ranks, teacher, out = Ranks.from_environment(), checkpoint_of(request.source), request.out
+    if device.type == "cuda":
+        torch.cuda.set_device(ranks.local)
+    check_pairs(out, force=request.force, resume=request.resume, ranks=ranks)
+    if request.prompts is not None:
+        captions = read_prompts(request.prompts)
+    else:
+        assert request.data is not None
+        size = int(Checkpoint.open(teacher).generation.picture_size)
+        captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
+    drawer = PairDrawer(config, teacher, captions, device)
+    start_pairs(out, config, drawer, force=request.force, resume=request.resume, ranks=ranks)
+    if draw_pairs(config, drawer, out, ranks) == 0 and ranks.world == 1:
+        raise TrainingError(f"pairs: {out}: no pair was drawn within {config.minutes} minutes")
+    return out
 
 
 def _objective(request: Request, config: Any, device: torch.device) -> Any:

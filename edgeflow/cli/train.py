@@ -33,9 +33,17 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
 @click.option("--data", type=_FOLDER, metavar="DIR", help="Captioned pictures (autoencoder, teacher, pairs).")
 @click.option(
-    "--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from."
+    "--from",
+    "--teacher",
+    "source",
+    type=_FOLDER,
+    metavar="RUN",
+    help="Run, checkpoint folder or hub id that the stage starts from.",
 )
 @click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill).")
+@click.option(
+    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs)."
+)
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
 @click.option(
@@ -57,7 +65,8 @@ def command(as_json: bool, **options: Any) -> None:
     \b
     autoencoder  --data                    pictures to small latents and back
     teacher      --data --from AUTOENCODER a small Stable Diffusion
-    pairs        --data --from TEACHER     noise, caption and the teacher's picture
+    pairs        --data|--prompts --teacher TEACHER
+                                           noise, caption and the teacher's picture
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
 
