@@ -58,3 +58,13 @@ def u_shaped(uniform: Tensor, mirror: Tensor, a: float = 4.0) -> Tensor:
     """
     t = torch.log1p(uniform * (torch.exp(torch.tensor(a)).item() - 1.0)) / a
     return torch.where(mirror < 0.5, t, 1.0 - t)
+
+
+def draw_times(kind: str, count: int, device: torch.device) -> Tensor:
+    """Times τ (count,) from the default generator: ``u-shaped`` or ``uniform`` on [0, 1]."""
+    uniform, mirror = torch.rand(2, count, device=device)
+    return u_shaped(uniform, mirror) if kind == "u-shaped" else uniform
+
+
+#: What :func:`draw_times` knows.
+TIMES = ("u-shaped", "uniform")

@@ -36,7 +36,8 @@ class Objective(Protocol):
     """One stage's subject: what is trained, the loss, and what is made of the result."""
 
     trained: nn.ModuleDict
-    averaged: nn.ModuleDict  # same structure; the loop keeps it at the moving average of ``trained``
+    averaged: nn.ModuleDict  # those to be kept; the loop keeps each at the moving average of its ``trained``
+    # And, where a module wants other AdamW options than the rest: adamw: {name: {"rate": factor, "betas": …}}
 
     def loss(self) -> dict[str, Tensor]:
         """Draw a batch with the default generator and return scalars; ``loss`` is what is minimised."""
@@ -62,13 +63,14 @@ class Step:
 
     def __init__(self, objective: Objective, config: LoopConfig, device: torch.device):
         self.objective, self.config, self.device = objective, config, device
-        self.params = [p for p in objective.trained.parameters() if p.requires_grad]
         self.average = list(objective.averaged.parameters())
-        self.rate = torch.tensor(config.learning_rate, device=device)
+        self.weights = [p for name in objective.averaged for p in objective.trained[name].parameters()]
+        self.factors: list[float] = []  # of the learning rate, by parameter group
+        self.rates: list[Tensor] = []
         self.decay = torch.tensor(0.0, device=device)
+        self.groups = self._groups()
         self.optimizer = torch.optim.AdamW(
-            self.params,
-            lr=self.rate,
+            self.groups,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.99),
             fused=True,
@@ -79,9 +81,21 @@ class Step:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_left = _EAGER_STEPS
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """A parameter group for each module, with the options that the objective names for it."""
+        groups: list[dict[str, Any]] = []
+        for name, module in self.objective.trained.items():
+            options = dict(getattr(self.objective, "adamw", {}).get(name, {}))
+            self.factors.append(options.pop("rate", 1.0))
+            self.rates.append(torch.tensor(self.config.learning_rate, device=self.device))
+            params = [p for p in module.parameters() if p.requires_grad]
+            groups.append({"params": params, "lr": self.rates[-1], **options})
+        return groups
+
     def run(self, rate: float, decay: float) -> None:
         """Take one step at this learning rate and decay of the average."""
-        self.rate.fill_(rate)
+        for tensor, factor in zip(self.rates, self.factors, strict=True):
+            tensor.fill_(rate * factor)
         self.decay.fill_(decay)
         if not self.config.cuda_graph:
             self._step()
@@ -109,12 +123,14 @@ class Step:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False):
             losses = self.objective.loss()
         losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip_norm)
+        # Each module by itself: a discriminator's gradients must not shrink the generator's.
+        norms = [nn.utils.clip_grad_norm_(g["params"], self.config.clip_norm) for g in self.groups]
+        norm = torch.stack(norms).square().sum().sqrt()
         self.optimizer.step()
         with torch.no_grad():
             # average ← decay·average + (1 − decay)·weights
             kept = torch._foreach_mul(self.average, self.decay)
-            new = torch._foreach_mul(list(self.objective.trained.parameters()), 1.0 - self.decay)
+            new = torch._foreach_mul(self.weights, 1.0 - self.decay)
             torch._foreach_copy_(self.average, torch._foreach_add(kept, new))
             values = torch.stack([v.detach().float() for v in losses.values()] + [norm.float()])
             if self.sums is None:
@@ -240,8 +256,8 @@ def _load_state(out: Path, objective: Objective, step: Step, device: torch.devic
         objective.averaged.load_state_dict(state["averaged"])
         if "optimizer" in state:  # weights alone are a fresh start of the optimizer
             step.optimizer.load_state_dict(state["optimizer"])
-            for group in step.optimizer.param_groups:
-                group["lr"] = step.rate
+            for group, rate in zip(step.optimizer.param_groups, step.rates, strict=True):
+                group["lr"] = rate
     except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"resume: {out / 'state.pt'}: does not fit this run: {reason}") from error
