@@ -110,7 +110,7 @@ class AdversarialObjective:
         return {"discriminator": {"rate": self.config.discriminator_rate, "betas": (0.0, 0.99)}}
 
     def _condition(self, real: Corpus | None) -> None:
-        """Captions as the discriminator sees them: mean text states, standardised over the pairs' captions."""
+        """Captions as the discriminator sees them: mean text states, standardised over those of the pairs."""
         pooled = self.text.mean(1)
         deviation, mean = torch.std_mean(pooled, 0, correction=0)
         self.caption = (pooled - mean) / (deviation + 1e-3)

@@ -83,9 +83,7 @@ def _template(samples: list[Sample], data: Path) -> str:
                 f"captions: {data}: --composed: expected concept and style in every sample's JSON, "
                 f"found none for {sample.key!r}"
             )
-    counts = Counter(
-        s.caption.replace(s.concept, _CONCEPT, 1).replace(s.style, _STYLE, 1) for s in samples
-    )
+    counts = Counter(s.caption.replace(s.concept, _CONCEPT, 1).replace(s.style, _STYLE, 1) for s in samples)
     template = counts.most_common(1)[0][0]
     if _CONCEPT not in template or _STYLE not in template:
         first = samples[0].caption

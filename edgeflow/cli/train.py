@@ -30,12 +30,19 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.argument("stage", metavar="STAGE")
 @click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
-@click.option("--data", type=_FOLDER, metavar="DIR", help="Captioned pictures (autoencoder, teacher, pairs, adversarial).")
+@click.option(
+    "--data",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Captioned pictures (autoencoder, teacher, pairs, adversarial).",
+)
 @click.option(
     "--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from."
 )
 @click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill, adversarial).")
-@click.option("--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from].")
+@click.option(
+    "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
+)
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
 @click.option(
