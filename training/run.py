@@ -12,6 +12,7 @@ import torch
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import TrainingError, UnknownNameError, UsageError
 from edgeflow.staging import staged_folder
+from edgeflow.training.adversarial import AdversarialObjective
 from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
@@ -33,6 +34,7 @@ _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "pairs": (False, ("diffusion",), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
+    "adversarial": (False, ("one-step",), True),
 }
 
 
@@ -47,6 +49,7 @@ class Request:
     source: Path | None = None  # a run folder or a checkpoint
     pairs: Path | None = None
     prompts: Path | None = None  # one caption a line, in place of a data set's
+    flow: Path | None = None  # distill: what draws the online targets, where it is not the source
     toml: Path | None = None
     overrides: tuple[str, ...] = ()
     flags: dict[str, Any] | None = None
@@ -74,6 +77,7 @@ def run_stage(request: Request) -> Path:
         flags["num_pairs"] = flags.pop("steps")
     config = resolve(PRESETS[request.preset][request.stage], request.toml, request.overrides, flags)
     _check_needs(request)
+    _check_flow(request)
     _check_device(config, device)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
@@ -124,6 +128,16 @@ def _check_needs(request: Request) -> None:
             )
 
 
+def _check_flow(request: Request) -> None:
+    if request.flow is None:
+        return
+    if request.stage != "distill":
+        raise UsageError(f"train {request.stage}: --flow: expected the stage distill")
+    kind = Checkpoint.open(checkpoint_of(request.flow)).kind
+    if kind != "rectified-flow":
+        raise UsageError(f"train distill: --flow {request.flow}: expected a rectified-flow, got {kind}")
+
+
 def _check_device(config: Any, device: torch.device) -> None:
     loop = getattr(config, "loop", None)
     if loop is not None and loop.cuda_graph and device.type != "cuda":
@@ -166,8 +180,15 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
             config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus, device), device
         )
     assert request.pairs is not None
-    kind = ReflowObjective if request.stage == "reflow" else DistillObjective
-    return kind(config, source, Pairs.load(request.pairs, device), device)
+    pairs = Pairs.load(request.pairs, device)
+    if request.stage == "adversarial":
+        size = int(Checkpoint.open(source).facts["picture_size"])
+        real = Corpus.load(request.data, "train", size, device) if request.data else None
+        return AdversarialObjective(config, source, pairs, real, device)
+    if request.stage == "distill":
+        flow = checkpoint_of(request.flow) if request.flow else None
+        return DistillObjective(config, source, pairs, device, flow)
+    return ReflowObjective(config, source, pairs, device)
 
 
 def _vocabulary(request: Request, config: Any, corpus: Corpus, device: torch.device) -> Path:

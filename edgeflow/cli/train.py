@@ -31,7 +31,12 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.argument("stage", metavar="STAGE")
 @click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
-@click.option("--data", type=_FOLDER, metavar="DIR", help="Captioned pictures (autoencoder, teacher, pairs).")
+@click.option(
+    "--data",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Captioned pictures (autoencoder, teacher, pairs, adversarial).",
+)
 @click.option(
     "--from",
     "--teacher",
@@ -40,7 +45,10 @@ _FOLDER = click.Path(path_type=Path)
     metavar="RUN",
     help="Run, checkpoint folder or hub id that the stage starts from.",
 )
-@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill).")
+@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill, adversarial).")
+@click.option(
+    "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
+)
 @click.option(
     "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs)."
 )
@@ -60,7 +68,7 @@ _FOLDER = click.Path(path_type=Path)
 @json_option
 @verbosity
 def command(as_json: bool, **options: Any) -> None:
-    """Train one stage of the one-step model: STAGE is autoencoder, teacher, pairs, reflow or distill.
+    """Train one stage of the one-step model: STAGE is one of those below.
 
     \b
     autoencoder  --data                    pictures to small latents and back
@@ -69,6 +77,8 @@ def command(as_json: bool, **options: Any) -> None:
                                            noise, caption and the teacher's picture
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
+    adversarial  --pairs --from DISTILL    sharper: a discriminator beside the distance (with --data, of real
+                                           pictures)
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
     and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
