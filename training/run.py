@@ -11,6 +11,7 @@ import torch
 
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import TrainingError, UnknownNameError, UsageError
+from edgeflow.quantization.recipe import read_recipe
 from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
@@ -19,6 +20,7 @@ from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import load_autoencoder
 from edgeflow.training.pairs import PairDrawer, Pairs, draw_pairs, start_pairs
 from edgeflow.training.presets import PRESETS, STAGES
+from edgeflow.training.qat_inputs import captions_of_pairs, prompts_of
 from edgeflow.training.reflow import ReflowObjective
 from edgeflow.training.teacher import TeacherObjective
 from edgeflow.training.vocabulary import train_vocabulary
@@ -30,6 +32,7 @@ _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "pairs": (True, ("diffusion",), False),
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
+    "qat": (False, ("one-step",), False),
 }
 
 
@@ -49,6 +52,8 @@ class Request:
     device: str = "auto"
     force: bool = False
     resume: bool = False
+    recipe: str | None = None  # of qat: a shipped recipe's name or a file
+    prompts: Path | None = None  # of qat: captions, one a line
 
 
 def run_stage(request: Request) -> Path:
@@ -99,6 +104,8 @@ def _check_needs(request: Request) -> None:
         missing.append(f"--from RUN (a checkpoint of kind {' or '.join(kinds)})")
     if needs_pairs and request.pairs is None:
         missing.append("--pairs DIR")
+    if request.stage == "qat":
+        missing += _qat_misses(request)
     if missing:
         raise UsageError(f"train {request.stage}: needs {', '.join(missing)}")
     if kinds:
@@ -142,9 +149,34 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         return TeacherObjective(
             config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device
         )
+    if request.stage == "qat":
+        from edgeflow.training.qat import QatObjective  # torchao, which no other stage needs
+
+        assert request.recipe is not None
+        recipe, captions = read_recipe(request.recipe), _qat_captions(request, source)
+        return QatObjective(config, Checkpoint.open(source), recipe, captions, device)
     assert request.pairs is not None
     kind = ReflowObjective if request.stage == "reflow" else DistillObjective
     return kind(config, source, Pairs.load(request.pairs, device), device)
+
+
+def _qat_misses(request: Request) -> list[str]:
+    captions = (request.prompts, request.pairs, request.data)
+    missing = ["--recipe NAME|FILE"] if request.recipe is None else []
+    if not any(captions):
+        missing.append("captions: --pairs DIR, --prompts FILE or --data DIR")
+    return missing
+
+
+def _qat_captions(request: Request, source: Path) -> list[str]:
+    """The distinct captions of the first given of --prompts, --pairs and --data."""
+    if request.prompts is not None:
+        return prompts_of(request.prompts)
+    if request.pairs is not None:
+        return captions_of_pairs(request.pairs)
+    assert request.data is not None
+    size = int(Checkpoint.open(source).facts["picture_size"])
+    return sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
 
 
 def _vocabulary(request: Request, config: Any, corpus: Corpus) -> Path:

@@ -35,6 +35,10 @@ _FOLDER = click.Path(path_type=Path)
     "--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from."
 )
 @click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill).")
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe whose integers are trained (qat).")
+@click.option(
+    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line (qat; else --pairs' own)."
+)
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
 @click.option(
@@ -51,7 +55,7 @@ _FOLDER = click.Path(path_type=Path)
 @json_option
 @verbosity
 def command(as_json: bool, **options: Any) -> None:
-    """Train one stage of the one-step model: STAGE is autoencoder, teacher, pairs, reflow or distill.
+    """Train one stage of the one-step model: STAGE is autoencoder, teacher, pairs, reflow, distill or qat.
 
     \b
     autoencoder  --data                    pictures to small latents and back
@@ -59,6 +63,7 @@ def command(as_json: bool, **options: Any) -> None:
     pairs        --data --from TEACHER     noise, caption and the teacher's picture
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
+    qat          --recipe --pairs --from DISTILL   the same pictures from a recipe's integers
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
     and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
