@@ -50,8 +50,9 @@ _FOLDER = click.Path(path_type=Path)
     "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
 )
 @click.option(
-    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs)."
+    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs, qat)."
 )
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe whose integers are trained (qat).")
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
 @click.option(
@@ -79,6 +80,7 @@ def command(as_json: bool, **options: Any) -> None:
     distill      --pairs --from REFLOW     the whole path in one step
     adversarial  --pairs --from DISTILL    sharper: a discriminator beside the distance (with --data, of real
                                            pictures)
+    qat          --recipe --pairs --from DISTILL   the same pictures from a recipe's integers
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
     and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
