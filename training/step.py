@@ -96,6 +96,10 @@ class Step:
             assert self._graph is not None
             self._graph.replay()
 
+    def autocast(self) -> torch.autocast:
+        """The precision that losses are computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False)
+
     def close(self) -> None:
         """Let go of the CUDA graph; its all-reduces must not outlive the process group."""
         if self._graph is not None:
@@ -132,9 +136,7 @@ class Step:
         for piece in range(pieces):
             if self.draw is not None:
                 self.draw.begin(piece)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False
-            ):
+            with self.autocast():
                 losses = self.objective.loss()
             (losses["loss"] / pieces if pieces > 1 else losses["loss"]).backward()
             row = torch.stack([v.detach().float() for v in losses.values()])
