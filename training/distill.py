@@ -24,6 +24,7 @@ from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import PerceptualDistance, pseudo_huber
 from edgeflow.training.models import load_parts
 from edgeflow.training.pairs import Pairs
+from edgeflow.training.student import begin_student
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class DistillConfig:
     latent_weight: float = 1.0
     perceptual_weight: float = 0.0
     keep_nearest: float = 1.0
+    student: str = "same"  # or "small": a UNet of half the parameters or less (student.py)
 
 
 class DistillObjective:
@@ -44,6 +46,7 @@ class DistillObjective:
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         self.flow = copy.deepcopy(unet).eval().requires_grad_(False) if config.target_steps else None
+        unet, self.student = begin_student(config.student, self.parts, unet)
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
         self.pairs = pairs.nearest(config.keep_nearest)
@@ -82,6 +85,8 @@ class DistillObjective:
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}
+        if self.student is not None:
+            facts["student"] = self.student.facts()
         save_flow(self.parts, self.averaged["unet"], folder, facts)
 
     def draw_sheet(self, path: Path) -> None:

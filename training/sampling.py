@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
@@ -17,20 +19,33 @@ def seeded_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def sample_teacher(
-    unet: UNet2DConditionModel, text: Tensor, empty: Tensor, noise: Tensor, *, steps: int, guidance: float
+    unet: UNet2DConditionModel,
+    text: Tensor,
+    empty: Tensor,
+    noise: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    watch: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
     """Latents (N, C, h, w) drawn from ``noise`` by an ε-predicting UNet.
 
     ``text`` (N, L, D) and ``empty`` (1, L, D) are text-encoder states; ε = ε(∅) + w·(ε(text) − ε(∅)).
+    ``watch`` is told of every point of the path: σ/α of the schedule there, and the latents.
     """
     solver = dpm_solver()
     solver.set_timesteps(steps, device=noise.device)
     both = torch.cat([empty.expand_as(text), text])
     x = noise * solver.init_noise_sigma
-    for t in solver.timesteps:
+    sigmas = solver.sigmas.tolist()  # σ/α at every timestep, and where the last one leads
+    for i, t in enumerate(solver.timesteps):
+        if watch is not None:
+            watch(sigmas[i], x)
         unconditional, conditional = unet(torch.cat([x, x]), t, both).sample.float().chunk(2)
         epsilon = unconditional + guidance * (conditional - unconditional)
         x = solver.step(epsilon, t, x).prev_sample
+    if watch is not None:
+        watch(sigmas[-1], x)
     return x
 
 
