@@ -27,6 +27,7 @@ from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import NORMS, PerceptualDistance, check_choice, latent_distance
 from edgeflow.training.models import Parts, load_parts
 from edgeflow.training.pairs import Pairs
+from edgeflow.training.student import begin_student
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DistillConfig:
     perceptual_weight: float = 0.0
     keep_nearest: float = 1.0
     loss: str = "huber"  # of the latents; or "l2"
+    student: str = "same"  # or "small": a UNet of half the parameters or less (student.py)
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, NORMS)
@@ -67,6 +69,7 @@ class DistillObjective:
         if config.target_steps:
             frozen = _flow_unet(flow_source, self.parts) if flow_source else copy.deepcopy(unet)
             self.flow = frozen.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        unet, self.student = begin_student(config.student, self.parts, unet)
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
         self.draw = Draw(config.loop.batch_size, device)
@@ -110,6 +113,8 @@ class DistillObjective:
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}
+        if self.student is not None:
+            facts["student"] = self.student.facts()
         save_flow(self.parts, self.averaged["unet"], folder, facts)
 
     def draw_sheet(self, path: Path) -> None:

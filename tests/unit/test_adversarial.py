@@ -189,7 +189,9 @@ def test_the_adversarial_weight_rises_over_the_warmup(tiny_checkpoint: Path) -> 
 
 
 def test_real_pictures_stand_for_their_share_of_the_real_side(tiny_checkpoint: Path) -> None:
-    real = Corpus(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), ["a cat", "a fish", "a cat", "x", "y"], list("01234"))
+    real = Corpus(
+        torch.zeros(5, 3, 32, 32, dtype=torch.uint8), ["a cat", "a fish", "a cat", "x", "y"], list("01234")
+    )
     config = AdversarialConfig(LOOP, real_fraction=0.5)
     subject = AdversarialObjective(config, tiny_checkpoint, pairs(["a cat", "a dog"]), real, CPU)
     target, captions = subject.pairs.latent[:4], subject.caption[[0, 1, 0, 1]]
