@@ -50,6 +50,7 @@ class Objective(Protocol):
     - ``prepare(done)``: called on the host before each step, outside a captured graph; what it does may
       depend on the number of steps done and nothing else, or a resumed run is another run. The number goes
       back once: to describe a step that was not finite.
+    - ``adamw``: AdamW's options by module where they are not the loop's, ``rate`` a factor of its rate.
     """
 
     trained: nn.ModuleDict  # gradients are clipped for each of its modules alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +14,21 @@ import torch
 
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import TrainingError, UnknownNameError, UsageError
+from edgeflow.quantization.recipe import read_recipe
 from edgeflow.staging import staged_folder
+from edgeflow.training.adversarial import AdversarialObjective
 from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
-from edgeflow.training.models import load_autoencoder
-from edgeflow.training.pairs import PairDrawer, Pairs, draw_pairs, start_pairs
+from edgeflow.training.models import Parts, load_autoencoder, load_parts
+from edgeflow.training.pairs import PairDrawer, Pairs, check_pairs, draw_pairs, read_prompts, start_pairs
 from edgeflow.training.parallel import Processes
 from edgeflow.training.plan import header, loop_plan
 from edgeflow.training.presets import PRESETS, STAGES
+from edgeflow.training.qat_inputs import captions_of_pairs
+from edgeflow.training.ranks import Ranks
 from edgeflow.training.reflow import ReflowObjective
 from edgeflow.training.state import last_step, require_tensorboard
 from edgeflow.training.teacher import TeacherObjective
@@ -33,9 +38,11 @@ from edgeflow.training.vocabulary import train_vocabulary
 _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "autoencoder": (True, (), False),
     "teacher": (True, ("autoencoder", "diffusion"), False),
-    "pairs": (True, ("diffusion",), False),
+    "pairs": (False, ("diffusion",), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
+    "adversarial": (False, ("one-step",), True),
+    "qat": (False, ("one-step",), False),
 }
 
 
@@ -49,6 +56,8 @@ class Request:
     data: Path | None = None
     source: Path | None = None  # a run folder or a checkpoint
     pairs: Path | None = None
+    prompts: Path | None = None  # pairs, qat: captions, one a line, in place of a data set's
+    flow: Path | None = None  # distill: what draws the online targets, where it is not the source
     toml: Path | None = None
     overrides: tuple[str, ...] = ()
     flags: dict[str, Any] | None = None
@@ -56,6 +65,7 @@ class Request:
     force: bool = False
     resume: bool = False
     dry_run: bool = False
+    recipe: str | None = None  # of qat: a shipped recipe's name or a file
 
 
 def run_stage(request: Request) -> Path:
@@ -69,6 +79,7 @@ def run_stage(request: Request) -> Path:
     if not processes.main:
         logging.getLogger("edgeflow").setLevel(logging.ERROR)
     _check_needs(request)
+    _check_flow(request)
     _check_device(config, device)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
@@ -91,6 +102,7 @@ def plan_stage(request: Request) -> dict[str, Any]:
     """
     config, device = _configure(request), pick_device(request.device)
     _check_needs(request)
+    _check_flow(request)
     plan = header(request.stage, request.preset, request.out, device, config)
     if request.stage == "pairs":
         return {**plan, "pairs": config.num_pairs}
@@ -142,6 +154,8 @@ def _check_needs(request: Request) -> None:
         missing.append(f"--from RUN (a checkpoint of kind {' or '.join(kinds)})")
     if needs_pairs and request.pairs is None:
         missing.append("--pairs DIR")
+    if request.stage == "qat":
+        missing += _qat_misses(request)
     if missing:
         raise UsageError(f"train {request.stage}: needs {', '.join(missing)}")
     if kinds:
@@ -154,6 +168,16 @@ def _check_needs(request: Request) -> None:
             )
 
 
+def _check_flow(request: Request) -> None:
+    if request.flow is None:
+        return
+    if request.stage != "distill":
+        raise UsageError(f"train {request.stage}: --flow: expected the stage distill")
+    kind = Checkpoint.open(checkpoint_of(request.flow)).kind
+    if kind != "rectified-flow":
+        raise UsageError(f"train distill: --flow {request.flow}: expected a rectified-flow, got {kind}")
+
+
 def _check_device(config: Any, device: torch.device) -> None:
     loop = getattr(config, "loop", None)
     if loop is not None and loop.cuda_graph and device.type != "cuda":
@@ -161,14 +185,24 @@ def _check_device(config: Any, device: torch.device) -> None:
 
 
 def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
-    assert request.data is not None and request.source is not None
-    teacher = checkpoint_of(request.source)
-    size = int(Checkpoint.open(teacher).facts["picture_size"])
-    captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
-    start_pairs(request.out, config, captions, force=request.force, resume=request.resume)
-    if draw_pairs(config, PairDrawer(config, teacher, captions, device), request.out) == 0:
-        raise TrainingError(f"pairs: {request.out}: no pair was drawn within {config.minutes} minutes")
-    return request.out
+    assert request.source is not None
+    if (request.data is None) == (request.prompts is None):
+        raise UsageError("train pairs: expected one of --data DIR and --prompts FILE for the captions")
+    ranks, teacher, out = Ranks.from_environment(), checkpoint_of(request.source), request.out
+    if device.type == "cuda":
+        torch.cuda.set_device(ranks.local)
+    check_pairs(out, force=request.force, resume=request.resume, ranks=ranks)
+    if request.prompts is not None:
+        captions = read_prompts(request.prompts)
+    else:
+        assert request.data is not None
+        size = int(Checkpoint.open(teacher).generation.picture_size)
+        captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
+    drawer = PairDrawer(config, teacher, captions, device)
+    start_pairs(out, config, drawer, force=request.force, resume=request.resume, ranks=ranks)
+    if draw_pairs(config, drawer, out, ranks) == 0 and ranks.world == 1:
+        raise TrainingError(f"pairs: {out}: no pair was drawn within {config.minutes} minutes")
+    return out
 
 
 def _objective(request: Request, config: Any, device: torch.device) -> Any:
@@ -182,25 +216,70 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
     if request.stage == "teacher":
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
-        vocabulary = _vocabulary(request, config, corpus, device)
-        vae = load_autoencoder(source)
-        if not request.dry_run:
-            return TeacherObjective(config, corpus, vae, vocabulary, device)
-        objective = TeacherObjective(config, corpus.head(1), vae, vocabulary, device)
-        count = len(corpus.captions)  # a plan wants their size: one stands for all, none is encoded
-        objective.latents = objective.latents.expand(count, -1, -1, -1)
-        objective.ids = objective.ids.expand(count, -1)
-        return objective
+        begun = load_parts(source) if Checkpoint.open(source).kind == "diffusion" else None
+        vae = load_autoencoder(source) if begun is None else begun.vae
+        vocabulary = _vocabulary(request, config, corpus, device, begun)
+        if request.dry_run:
+            return _teacher_in_outline(config, corpus, vae, vocabulary, device, begun)
+        return TeacherObjective(config, corpus, vae, vocabulary, device, begun)
+    if request.stage == "qat":
+        from edgeflow.training.qat import QatObjective  # torchao, which no other stage needs
+
+        assert request.recipe is not None
+        recipe, captions = read_recipe(request.recipe), _qat_captions(request, source)
+        return QatObjective(config, Checkpoint.open(source), recipe, captions, device)
     assert request.pairs is not None
-    kind = ReflowObjective if request.stage == "reflow" else DistillObjective
-    return kind(config, source, Pairs.load(request.pairs, device), device)
+    pairs = Pairs.load(request.pairs, device)
+    if request.stage == "adversarial":
+        size = int(Checkpoint.open(source).facts["picture_size"])
+        real = Corpus.load(request.data, "train", size, device) if request.data else None
+        return AdversarialObjective(config, source, pairs, real, device)
+    if request.stage == "distill":
+        flow = checkpoint_of(request.flow) if request.flow else None
+        return DistillObjective(config, source, pairs, device, flow)
+    return ReflowObjective(config, source, pairs, device)
 
 
-def _vocabulary(request: Request, config: Any, corpus: Corpus, device: torch.device) -> Path:
-    """The run's own vocabulary, learnt once from the training captions."""
+def _teacher_in_outline(
+    config: Any, corpus: Corpus, vae: Any, vocabulary: Path, device: torch.device, begun: Parts | None
+) -> TeacherObjective:
+    """For a plan, which wants the data's size: one picture stands for all, so that none else is encoded."""
+    objective = TeacherObjective(config, corpus.head(1), vae, vocabulary, device, begun)
+    count = len(corpus.captions)
+    objective.latents = objective.latents.expand(count, -1, -1, -1)
+    objective.ids = objective.ids.expand(count, -1)
+    return objective
+
+
+def _qat_misses(request: Request) -> list[str]:
+    captions = (request.prompts, request.pairs, request.data)
+    missing = ["--recipe NAME|FILE"] if request.recipe is None else []
+    if not any(captions):
+        missing.append("captions: --pairs DIR, --prompts FILE or --data DIR")
+    return missing
+
+
+def _qat_captions(request: Request, source: Path) -> list[str]:
+    """The distinct captions of the first given of --prompts, --pairs and --data."""
+    if request.prompts is not None:
+        return sorted(set(read_prompts(request.prompts)))
+    if request.pairs is not None:
+        return captions_of_pairs(request.pairs)
+    assert request.data is not None
+    size = int(Checkpoint.open(source).facts["picture_size"])
+    return sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
+
+
+def _vocabulary(
+    request: Request, config: Any, corpus: Corpus, device: torch.device, begun: Parts | None
+) -> Path:
+    """The run's own vocabulary: that of the teacher it goes on from, or learnt from the training captions."""
     folder, processes = request.out / "tokenizer", Processes.current(device)
     if processes.main and not (request.resume and folder.is_dir()):
         with staged_folder(folder, force=True) as staged:
-            train_vocabulary(corpus.captions, config.shape.vocabulary, staged, config.shape.max_tokens)
+            if begun is not None:
+                shutil.copytree(begun.tokenizer_dir, staged, dirs_exist_ok=True)
+            else:
+                train_vocabulary(corpus.captions, config.shape.vocabulary, staged, config.shape.max_tokens)
     processes.barrier()
     return folder
