@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from edgeflow.spec import FIRST_TIMESTEP
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import caption_states, random_index
+from edgeflow.training.corpus import caption_states
+from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow, velocity_field
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import PerceptualDistance, pseudo_huber
@@ -46,6 +47,7 @@ class DistillObjective:
         self.flow = copy.deepcopy(unet).eval().requires_grad_(False) if config.target_steps else None
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
+        self.draw = Draw(config.loop.batch_size, device)
         self.pairs = pairs.nearest(config.keep_nearest)
         self.text = caption_states(self.parts, pairs.captions, device)
         self.vae = self.parts.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
@@ -57,17 +59,16 @@ class DistillObjective:
                 self.perceptual.compile()
 
     def loss(self) -> dict[str, Tensor]:
-        batch = self.config.loop.batch_size
-        index = random_index(len(self.pairs.noise), batch, self.device)
+        index = self.draw.index(len(self.pairs.noise))
         text = self.text[self.pairs.caption[index]]
         if self.flow is None:
             noise, target = self.pairs.noise[index], self.pairs.latent[index]
         else:
-            noise = torch.randn_like(self.pairs.noise[index])
+            noise = self.draw.normal(*self.pairs.noise.shape[1:])
             with torch.no_grad():
                 target = flow.euler(velocity_field(self.flow, text), noise, self.config.target_steps)
         noise = noise.contiguous(memory_format=torch.channels_last)
-        t = torch.full((batch,), FIRST_TIMESTEP, device=self.device)
+        t = torch.full((len(index),), FIRST_TIMESTEP, device=self.device)
         drawn = noise + self.trained["unet"](noise, t, text).sample.float()
         latent = pseudo_huber(drawn, target)
         losses = {"loss": self.config.latent_weight * latent, "latent": latent}
@@ -79,6 +80,9 @@ class DistillObjective:
             losses["loss"] = losses["loss"] + self.config.perceptual_weight * perceptual
             losses["perceptual"] = perceptual
         return losses
+
+    def batch_keys(self, index: Tensor) -> list[str]:
+        return self.pairs.names(index)
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}

@@ -34,15 +34,16 @@ from edgeflow.loading import quiet_libraries
 from edgeflow.tokenizer import END
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.distill import DistillConfig, DistillObjective
-from edgeflow.training.loop import Step
 from edgeflow.training.losses import PerceptualDistance
 from edgeflow.training.models import Parts
 from edgeflow.training.pairs import Pairs
+from edgeflow.training.parallel import Processes
 from edgeflow.training.random_checkpoint import SHAPES, build_part, configs
 from edgeflow.training.random_vocabulary import write_tokenizer
 from edgeflow.training.reflow import ReflowConfig, ReflowObjective
 from edgeflow.training.sampling import sample_teacher
 from edgeflow.training.sd_plain_loop import PlainBatch, plain_loop
+from edgeflow.training.step import Step
 
 #: The paper's stages for InstaFlow-0.9B (arXiv 2309.06380, section 5 and appendix): images seen, the row that
 #: measures their speed, and the A100-days it reports.
@@ -148,7 +149,7 @@ def _random_pairs(unet: dict[str, Any], device: torch.device, count: int = 256) 
     side, channels = unet["sample_size"], unet["in_channels"]
     noise, latent = torch.randn(2, count, channels, side, side, device=device)
     caption = torch.arange(count, device=device) % len(_CAPTIONS)
-    return Pairs(noise, latent, caption, list(_CAPTIONS))
+    return Pairs(noise, latent, caption, list(_CAPTIONS), torch.arange(count))
 
 
 def measure(step: Callable[[], object], batch_size: int, plan: Plan, device: torch.device) -> dict[str, Any]:
@@ -222,11 +223,16 @@ def own(bench: Bench, kind: str, batch_size: int, *, cuda_graph: bool = False) -
         weights = (0.0, 1.0) if "perceptual" in kind else (1.0, 0.0)
         config = DistillConfig(loop, latent_weight=weights[0], perceptual_weight=weights[1])
         objective = DistillObjective(config, parts, bench.pairs, bench.device)
-    step = Step(objective, loop, bench.device)
+    step = Step(objective, loop, Processes.current(bench.device))
     with attention(bench.plan.attention):
-        row = measure(lambda: step.run(RATE, 0.999), batch_size, _warm(bench.plan, cuda_graph), bench.device)
-    means = step.take_means(row["steps"] + row["warm_steps"])
-    row |= {k: round(v, 4) for k, v in means.items()}
+        row = measure(
+            lambda: step.run(step.count + 1, RATE, 0.999),
+            batch_size,
+            _warm(bench.plan, cuda_graph),
+            bench.device,
+        )
+    row |= {k: round(v, 4) for k, v in step.take_means().items()}
+    step.close()
     if "perceptual" not in kind:  # forward and twice that backward, of the UNet alone
         row["unet_tflop_per_s"] = round(3e-12 * bench.flops * row["images_per_s"], 1)
     return row

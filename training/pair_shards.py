@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflow.errors import BackendMissing, DataError
+from edgeflow.staging import staged_file
 
 SCHEMA = 1
 FACTS = "pairs.json"
@@ -60,10 +61,10 @@ def write_shard(path: Path, first: int, shard: Shard, distance: NDArray[np.float
     The shard is there once its tar is: the distances come before it, and a shard that it replaces goes first.
     """
     path.unlink(missing_ok=True)
-    with _whole(distance_path(path)) as file:
+    with staged_file(distance_path(path)) as file:
         np.save(file, distance.astype(np.float32))
     with (
-        _whole(path) as file,
+        staged_file(path) as file,
         _webdataset().TarWriter(file, user="edgeflow", group="edgeflow", mtime=0) as writer,
     ):
         for i, (seed, caption, latent) in enumerate(
@@ -71,27 +72,6 @@ def write_shard(path: Path, first: int, shard: Shard, distance: NDArray[np.float
         ):
             about = {"caption": caption, "seed": int(seed)}
             writer.write({"__key__": f"{first + i:09d}", "json": about, "latent.npy": latent})
-
-
-class _whole:
-    """A file that takes its name once it is complete and on the disk."""
-
-    def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-
-    def __enter__(self) -> Any:
-        self.file = self.partial.open("wb")
-        return self.file
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
 
 
 def shard_length(path: Path) -> int:

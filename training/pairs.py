@@ -72,23 +72,33 @@ class Pairs:
     latent: Tensor
     caption: Tensor  # int64 (N,) into ``captions``
     captions: list[str]
+    seed: Tensor  # int64 (N,), on the CPU: of the noise
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Pairs:
         """Raises DataError for a folder without whole shards."""
-        noise, latent, caption, numbers = [], [], [], dict[str, int]()
+        noise, latent, caption, seeds, numbers = [], [], [], [], dict[str, int]()
         for shard in read_shards(list_shards(folder)):
+            seeds.append(torch.from_numpy(shard.seed))
             latent.append(torch.from_numpy(shard.latent).to(device).float())
-            noise.append(seeded_noise(torch.from_numpy(shard.seed), shard.latent.shape[1:]).to(device))
+            noise.append(seeded_noise(seeds[-1], shard.latent.shape[1:]).to(device))
             caption += [numbers.setdefault(text, len(numbers)) for text in shard.caption]
-        return cls(torch.cat(noise), torch.cat(latent), torch.tensor(caption, device=device), list(numbers))
+        index = torch.tensor(caption, device=device)
+        return cls(torch.cat(noise), torch.cat(latent), index, list(numbers), torch.cat(seeds))
+
+    def names(self, index: Tensor) -> list[str]:
+        """Seeds and captions of the pairs ``index`` (on the CPU), for messages."""
+        captions = [self.captions[i] for i in self.caption[index.to(self.caption.device)].tolist()]
+        return [f"seed {s} ({c})" for s, c in zip(self.seed[index].tolist(), captions, strict=True)]
 
     def nearest(self, keep: float) -> Pairs:
         """The ``keep`` fraction with the shortest ‖x₁ − x₀‖: the farthest are often the solver's failures
         (Re-MeanFlow, arXiv 2511.23342)."""
         distance = (self.latent - self.noise).square().flatten(1).sum(1)
         index = distance.argsort()[: max(1, int(keep * len(distance)))]
-        return Pairs(self.noise[index], self.latent[index], self.caption[index], self.captions)
+        return Pairs(
+            self.noise[index], self.latent[index], self.caption[index], self.captions, self.seed[index.cpu()]
+        )
 
 
 class PairDrawer:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import caption_states, random_index
+from edgeflow.training.corpus import caption_states
+from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import pseudo_huber
@@ -46,22 +47,24 @@ class ReflowObjective:
                 unet.conv_out.bias.neg_()
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
+        self.draw = Draw(config.loop.batch_size, device)
         self.pairs = pairs.nearest(config.keep_nearest)
         self.text = caption_states(self.parts, pairs.captions, device)
         if config.loop.compile:
             unet.compile()
 
     def loss(self) -> dict[str, Tensor]:
-        batch = self.config.loop.batch_size
-        index = random_index(len(self.pairs.noise), batch, self.device)
+        index = self.draw.index(len(self.pairs.noise))
         noise, latent = self.pairs.noise[index], self.pairs.latent[index]
-        uniform, mirror = torch.rand(2, batch, device=self.device)
-        tau = flow.u_shaped(uniform, mirror)
+        tau = flow.u_shaped(self.draw.uniform(), self.draw.uniform())
         x = flow.interpolate(noise, latent, tau).contiguous(memory_format=torch.channels_last)
         text = self.text[self.pairs.caption[index]]
         velocity = self.trained["unet"](x, flow.timestep(tau), text).sample
         loss = pseudo_huber(velocity, latent - noise)
         return {"loss": loss, "mse": (velocity.float() - (latent - noise)).square().mean()}
+
+    def batch_keys(self, index: Tensor) -> list[str]:
+        return self.pairs.names(index)
 
     def save(self, folder: Path) -> None:
         facts = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import TrainingError, UnknownNameError, UsageError
+from edgeflow.staging import staged_folder
 from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
@@ -18,6 +19,7 @@ from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import load_autoencoder
 from edgeflow.training.pairs import PairDrawer, Pairs, check_pairs, draw_pairs, read_prompts, start_pairs
+from edgeflow.training.parallel import Processes
 from edgeflow.training.presets import PRESETS, STAGES
 from edgeflow.training.ranks import Ranks
 from edgeflow.training.reflow import ReflowObjective
@@ -54,12 +56,18 @@ class Request:
 
 
 def run_stage(request: Request) -> Path:
-    """Run the stage and return its run folder. Raises EdgeflowError for anything a user can mend."""
+    """Run the stage and return its run folder. Raises EdgeflowError for anything a user can mend.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this; the first one writes.
+    """
     if request.stage not in STAGES:
         raise UnknownNameError("stage", request.stage, STAGES)
     if request.preset not in PRESETS:
         raise UnknownNameError("preset", request.preset, PRESETS)
-    device = pick_device(request.device)
+    processes = Processes.join(pick_device(request.device))
+    device = processes.device
+    if not processes.main:
+        logging.getLogger("edgeflow").setLevel(logging.ERROR)
     prefix = "" if request.stage == "pairs" else "loop."
     flags = {prefix + k: v for k, v in (request.flags or {}).items() if v is not None}
     if "steps" in flags:  # pairs has no loop: its --steps is the number of pairs
@@ -72,8 +80,11 @@ def run_stage(request: Request) -> Path:
     if request.stage == "pairs":
         return _run_pairs(request, config, device)
     check_run(request.out, force=request.force, resume=request.resume)
+    processes.barrier()  # everyone has looked at the folder before the first one writes into it
     objective = _objective(request, config, device)  # all inputs are read before anything is written
-    start_run(request.out, to_dict(config), resume=request.resume)
+    if processes.main:
+        start_run(request.out, to_dict(config), resume=request.resume)
+    processes.barrier()
     train(objective, config.loop, request.out, device, request.resume)
     return request.out
 
@@ -124,8 +135,6 @@ def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
     if (request.data is None) == (request.prompts is None):
         raise UsageError("train pairs: expected one of --data DIR and --prompts FILE for the captions")
     ranks, teacher, out = Ranks.from_environment(), checkpoint_of(request.source), request.out
-    if device.type == "cuda":
-        torch.cuda.set_device(ranks.local)
     check_pairs(out, force=request.force, resume=request.resume, ranks=ranks)
     if request.prompts is not None:
         captions = read_prompts(request.prompts)
@@ -152,17 +161,18 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
         return TeacherObjective(
-            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device
+            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus, device), device
         )
     assert request.pairs is not None
     kind = ReflowObjective if request.stage == "reflow" else DistillObjective
     return kind(config, source, Pairs.load(request.pairs, device), device)
 
 
-def _vocabulary(request: Request, config: Any, corpus: Corpus) -> Path:
+def _vocabulary(request: Request, config: Any, corpus: Corpus, device: torch.device) -> Path:
     """The run's own vocabulary, learnt once from the training captions."""
-    folder = request.out / "tokenizer"
-    if not request.resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        train_vocabulary(corpus.captions, config.shape.vocabulary, folder, config.shape.max_tokens)
+    folder, processes = request.out / "tokenizer", Processes.current(device)
+    if processes.main and not (request.resume and folder.is_dir()):
+        with staged_folder(folder, force=True) as staged:
+            train_vocabulary(corpus.captions, config.shape.vocabulary, staged, config.shape.max_tokens)
+    processes.barrier()
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def command(as_json: bool, **options: Any) -> None:
         raise BackendMissing(error.name or "torch", "train") from error
     flags = {name: options.pop(name) for name in ("steps", "minutes", "seed")}
     out = run_stage(Request(flags=flags, **options))
+    if os.environ.get("RANK", "0") != "0":  # of many processes the first one speaks
+        return
     if as_json:
         print_json({"stage": options["stage"], "run": str(out)})
     else:
