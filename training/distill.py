@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from edgeflow.spec import FIRST_TIMESTEP
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import caption_states
 from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow, velocity_field
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import PerceptualDistance, pseudo_huber
 from edgeflow.training.models import Parts, load_parts
+from edgeflow.training.pair_source import PairFolder, pair_source
 from edgeflow.training.pairs import Pairs
 
 
@@ -34,12 +34,19 @@ class DistillConfig:
     latent_weight: float = 1.0
     perceptual_weight: float = 0.0
     keep_nearest: float = 1.0
+    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
 
 
 class DistillObjective:
     """Trains a one-step UNet, starting from the flow's weights."""
 
-    def __init__(self, config: DistillConfig, teacher: Path | Parts, pairs: Pairs, device: torch.device):
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: Path | Parts,
+        pairs: Pairs | PairFolder,
+        device: torch.device,
+    ):
         self.config, self.device = config, device
         self.parts = teacher if isinstance(teacher, Parts) else load_parts(teacher)
         torch.manual_seed(config.loop.seed)
@@ -48,8 +55,11 @@ class DistillObjective:
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
         self.draw = Draw(config.loop.batch_size, device)
-        self.pairs = pairs.nearest(config.keep_nearest)
-        self.text = caption_states(self.parts, pairs.captions, device)
+        batch, keep = config.loop.batch_size, config.keep_nearest
+        self.source = pair_source(
+            pairs, self.parts, device, batch_size=batch, keep=keep, seed=config.loop.seed
+        )
+        self.pairs, self.text = self.source.pairs, self.source.text
         self.vae = self.parts.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.perceptual = PerceptualDistance().to(device) if config.perceptual_weight else None
         if config.loop.compile:
@@ -82,7 +92,10 @@ class DistillObjective:
         return losses
 
     def batch_keys(self, index: Tensor) -> list[str]:
-        return self.pairs.names(index)
+        return self.source.names(index)
+
+    def prepare(self, done: int) -> None:
+        self.source.prepare(done)
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}

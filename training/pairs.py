@@ -118,7 +118,8 @@ class PairDrawer:
         self.vae = self.parts.vae.to(device)
         self.encoder = self.parts.text_encoder.to(device)
         # A caption that is drawn once need not be kept.
-        small = states_bytes(self.parts, len(captions)) <= _TABLE_BYTES
+        text = self.encoder.config
+        small = states_bytes(text.max_position_embeddings, text.hidden_size, len(captions)) <= _TABLE_BYTES
         self.table = caption_states(self.parts, captions, device) if small else None
         self.empty = caption_states(self.parts, [""], device)
         side = self.unet.config.sample_size

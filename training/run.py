@@ -18,7 +18,8 @@ from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import load_autoencoder
-from edgeflow.training.pairs import PairDrawer, Pairs, check_pairs, draw_pairs, read_prompts, start_pairs
+from edgeflow.training.pair_source import open_pairs
+from edgeflow.training.pairs import PairDrawer, check_pairs, draw_pairs, read_prompts, start_pairs
 from edgeflow.training.parallel import Processes
 from edgeflow.training.presets import PRESETS, STAGES
 from edgeflow.training.ranks import Ranks
@@ -165,7 +166,7 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         )
     assert request.pairs is not None
     kind = ReflowObjective if request.stage == "reflow" else DistillObjective
-    return kind(config, source, Pairs.load(request.pairs, device), device)
+    return kind(config, source, open_pairs(request.pairs, source, device, config.pairs_gib), device)
 
 
 def _vocabulary(request: Request, config: Any, corpus: Corpus, device: torch.device) -> Path:
