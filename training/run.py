@@ -31,7 +31,7 @@ from edgeflow.training.vocabulary import train_vocabulary
 _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "autoencoder": (True, (), False),
     "teacher": (True, ("autoencoder", "diffusion"), False),
-    "pairs": (False, ("diffusion",), False),  # and --data or --prompts
+    "pairs": (False, ("diffusion", "rectified-flow"), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
 }
@@ -65,6 +65,10 @@ def run_stage(request: Request) -> Path:
         raise UnknownNameError("stage", request.stage, STAGES)
     if request.preset not in PRESETS:
         raise UnknownNameError("preset", request.preset, PRESETS)
+    if request.stage not in PRESETS[request.preset]:
+        raise UnknownNameError(
+            f"stage of the preset {request.preset}", request.stage, PRESETS[request.preset]
+        )
     processes = Processes.join(pick_device(request.device))
     device = processes.device
     if not processes.main:
