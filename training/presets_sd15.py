@@ -2,8 +2,8 @@
 
 Its numbers come from the authors' model card of instaflow_0_9B_from_sd_1_5 [card] and from the paper's
 section 5 and appendix as public notes quote them [notes]. ``sd15`` is the first phase of each stage,
-``sd15-second`` the second. Batches are over all processes; ``accumulate`` splits them for one GPU of 80 GB into pieces of 16
-pictures, so on N GPUs divide it by N.
+``sd15-second`` the second. Batches are over all processes; ``accumulate`` splits them for one GPU of 80 GB
+into pieces of 16 pictures, so on N GPUs divide it by N.
 
 What is not the paper's: the perceptual distance has EfficientNet-Lite0's features in place of LPIPS, AdamW's
 second beta is 0.99, and distillation's rate, which no source gives, is reflow's, the middle of the grid that
