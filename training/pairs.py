@@ -162,7 +162,7 @@ class PairDrawer:
 
     def draw_sheet(self, path: Path, latents: Tensor) -> None:
         labels = [self.caption(i) for i in range(len(latents))]
-        draw_sheet(path, decode(self.vae, latents.float().to(self.device), 8), labels, columns=8)
+        draw_sheet(path, decode(self.vae, latents.float().to(self.device)), labels, columns=8)
 
 
 def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path, ranks: Ranks | None = None) -> int:

@@ -44,19 +44,26 @@ def _pairs(guidance: float) -> PairsConfig:
 
 
 _HELD_GIB = 4.0  # what the model and a micro-batch leave room for
+#: All pairs, times uniform in [0, 1], L2 [card].
+_PAPERS_REFLOW: dict[str, Any] = {
+    "keep_nearest": 1.0,
+    "times": "uniform",
+    "loss": "l2",
+    "pairs_gib": _HELD_GIB,
+}
 
 SD15: dict[str, dict[str, Any]] = {
     "sd15": {
         "pairs": _pairs(5.0),  # guidance 5.0; 6.0 over-saturated [notes]
         # 70,000 steps at batch 64: 11.2 A100-days [card]
-        "reflow": ReflowConfig(_loop(70_000, 64, 4), keep_nearest=1.0, pairs_gib=_HELD_GIB),
+        "reflow": ReflowConfig(_loop(70_000, 64, 4), **_PAPERS_REFLOW),
         # L2 for 21,500 steps at batch 1,024: 54.4 A100-days [card]
-        "distill": DistillConfig(_loop(21_500, 1024, 64), pairs_gib=_HELD_GIB),
+        "distill": DistillConfig(_loop(21_500, 1024, 64), loss="l2", pairs_gib=_HELD_GIB),
     },
     "sd15-second": {
         "pairs": _pairs(1.5),  # drawn by the 2-rectified flow, guidance 1.5 [notes]
         # 25,000 steps at batch 1,024: 64 A100-days [card]
-        "reflow": ReflowConfig(_loop(25_000, 1024, 64), keep_nearest=1.0, pairs_gib=_HELD_GIB),
+        "reflow": ReflowConfig(_loop(25_000, 1024, 64), **_PAPERS_REFLOW),
         # LPIPS for 18,000 steps at batch 1,024: 53.6 A100-days [card]; a decoder at 512 px wants small pieces
         "distill": DistillConfig(
             _loop(18_000, 1024, 256), latent_weight=0.0, perceptual_weight=1.0, pairs_gib=_HELD_GIB

@@ -1,8 +1,8 @@
 """Reflow: learn the velocity of straight lines between each pair's noise and latent.
 
 min_v E ‖(x₁ − x₀) − v(x_τ, τ | text)‖² over the teacher's pairs (InstaFlow, arXiv 2309.06380, section 2),
-with a pseudo-Huber norm and U-shaped times (Lee et al. 2024, arXiv 2405.20320). The text encoder stays as
-the teacher's, so its states are computed once.
+with a pseudo-Huber norm and U-shaped times (Lee et al. 2024, arXiv 2405.20320); ``loss`` "l2" and ``times``
+"uniform" are the paper's own. The text encoder stays as the teacher's, so its states are computed once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgeflow.training.config import LoopConfig
 from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow
 from edgeflow.training.loop import averaged_copy
-from edgeflow.training.losses import pseudo_huber
+from edgeflow.training.losses import NORMS, check_choice, latent_distance
 from edgeflow.training.models import Parts, load_parts
 from edgeflow.training.pair_source import PairFolder, pair_source
 from edgeflow.training.pairs import Pairs
@@ -37,7 +37,13 @@ class ReflowConfig:
     loop: LoopConfig
     keep_nearest: float = 0.9  # fraction of pairs kept, by distance
     sample_steps: int = 25
+    times: str = "u-shaped"  # or "uniform"
+    loss: str = "huber"  # or "l2"
     pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
+
+    def __post_init__(self) -> None:
+        check_choice("times", self.times, flow.TIMES)
+        check_choice("loss", self.loss, NORMS)
 
 
 class ReflowObjective:
@@ -72,11 +78,11 @@ class ReflowObjective:
     def loss(self) -> dict[str, Tensor]:
         index = self.draw.index(len(self.pairs.noise))
         noise, latent = self.pairs.noise[index], self.pairs.latent[index]
-        tau = flow.u_shaped(self.draw.uniform(), self.draw.uniform())
+        tau = flow.times_of(self.config.times, self.draw.uniform(), self.draw.uniform())
         x = flow.interpolate(noise, latent, tau).contiguous(memory_format=torch.channels_last)
         text = self.text[self.pairs.caption[index]]
         velocity = self.trained["unet"](x, flow.timestep(tau), text).sample
-        loss = pseudo_huber(velocity, latent - noise)
+        loss = latent_distance(self.config.loss, velocity, latent - noise)
         return {"loss": loss, "mse": (velocity.float() - (latent - noise)).square().mean()}
 
     def batch_keys(self, index: Tensor) -> list[str]:

@@ -36,7 +36,12 @@ _FOLDER = click.Path(path_type=Path)
     show_default=True,
     help="Preset to start from: tiny, emoji, sd15 or sd15-second.",
 )
-@click.option("--data", type=_FOLDER, metavar="DIR", help="Captioned pictures (autoencoder, teacher, pairs).")
+@click.option(
+    "--data",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Captioned pictures (autoencoder, teacher, pairs, adversarial).",
+)
 @click.option(
     "--from",
     "--teacher",
@@ -45,10 +50,14 @@ _FOLDER = click.Path(path_type=Path)
     metavar="RUN",
     help="Run, checkpoint folder or hub id that the stage starts from.",
 )
-@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill).")
+@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill, adversarial).")
 @click.option(
-    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs)."
+    "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
 )
+@click.option(
+    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs, qat)."
+)
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe whose integers are trained (qat).")
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
 @click.option(
@@ -65,7 +74,7 @@ _FOLDER = click.Path(path_type=Path)
 @json_option
 @verbosity
 def command(as_json: bool, **options: Any) -> None:
-    """Train one stage of the one-step model: STAGE is autoencoder, teacher, pairs, reflow or distill.
+    """Train one stage of the one-step model: STAGE is one of those below.
 
     \b
     autoencoder  --data                    pictures to small latents and back
@@ -74,6 +83,9 @@ def command(as_json: bool, **options: Any) -> None:
                                            noise, caption and the teacher's picture
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
+    adversarial  --pairs --from DISTILL    sharper: a discriminator beside the distance (with --data, of real
+                                           pictures)
+    qat          --recipe --pairs --from DISTILL   the same pictures from a recipe's integers
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
     and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
