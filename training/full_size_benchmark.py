@@ -357,7 +357,7 @@ def run(plan: Plan, device: torch.device, out: Path) -> Bench:
     bench.record("plain distill", lambda: plain(bench, "distill", batch), 15)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    bench.record("reflow", lambda: own(bench, "reflow", batch), 20)
+    bench.record("reflow", lambda: own(bench, "reflow", batch), 60)
     bench.record("distill", lambda: own(bench, "distill", batch), 15)
     bench.record("pairs", lambda: pairs(bench), 15)
     if device.type == "cuda":

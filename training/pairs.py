@@ -11,12 +11,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +33,10 @@ from edgeflow.training.pair_shards import (
     SCHEMA,
     Shard,
     list_shards,
+    open_shard,
     read_shards,
     shard_length,
     shard_path,
-    write_shard,
 )
 from edgeflow.training.ranks import Ranks
 from edgeflow.training.sampling import decode, sample_flow, sample_teacher, seeded_noise
@@ -181,15 +181,12 @@ def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path, ranks: Ranks 
         if shard_length(path) == wanted:
             on_disk += wanted
             continue
-        latent, distance = _draw_shard(drawer, torch.arange(first, first + wanted), began)
-        if not len(latent):
+        count, head = _draw_shard(drawer, path, torch.arange(first, first + wanted), began)
+        if not count:
             break
-        seeds = np.arange(first, first + len(latent), dtype=np.int64)
-        captions = [drawer.caption(i) for i in seeds.tolist()]
-        write_shard(path, first, Shard(seeds + config.seed, captions, latent.numpy()), distance.numpy())
-        drawn, on_disk = drawn + len(latent), on_disk + len(latent)
+        drawn, on_disk = drawn + count, on_disk + count
         if number == 0:
-            drawer.draw_sheet(out / "sheet.png", latent[:32])
+            drawer.draw_sheet(out / "sheet.png", head)
     _log(out, ranks, drawn, time.monotonic() - began)
     return on_disk
 
@@ -199,16 +196,29 @@ def _per_shard(config: PairsConfig) -> int:
     return -(-config.shard_size // config.batch_size) * config.batch_size
 
 
-def _draw_shard(drawer: PairDrawer, numbers: Tensor, began: float) -> tuple[Tensor, Tensor]:
-    """Latents and distances of these pairs, or of the batches for which there was time."""
-    minutes, parts = drawer.config.minutes, []
-    for batch in numbers.split(drawer.config.batch_size):
-        if minutes and time.monotonic() - began > 60 * minutes:
-            break
-        parts.append(drawer.draw(batch))
-    if not parts:
-        return torch.empty(0), torch.empty(0)
-    return torch.cat([latent for latent, _ in parts]), torch.cat([distance for _, distance in parts])
+def _draw_shard(drawer: PairDrawer, path: Path, numbers: Tensor, began: float) -> tuple[int, Tensor]:
+    """Draw the shard of these pairs, or of the batches for which there is time, writing one batch while the
+    next is drawn. Returns how many pairs they are, and the first 32 latents."""
+    limit, done, head = 60 * drawer.config.minutes, 0, torch.empty(0)
+    if limit and time.monotonic() - began > limit:
+        return 0, head
+    with open_shard(path, int(numbers[0])) as shard, ThreadPoolExecutor(1) as writing:
+        written: Future[None] | None = None
+        for batch in numbers.split(drawer.config.batch_size):
+            if done and limit and time.monotonic() - began > limit:
+                break
+            latent, distance = drawer.draw(batch)
+            seeds = batch.numpy() + drawer.config.seed
+            pairs = Shard(seeds, [drawer.caption(i) for i in batch.tolist()], latent.numpy())
+            if written is not None:
+                written.result()
+            written = writing.submit(shard.add, pairs, distance.numpy())
+            done += len(batch)
+            if len(head) < 32:
+                head = torch.cat([head, latent])[:32]
+        if written is not None:
+            written.result()
+    return done, head
 
 
 def _log(out: Path, ranks: Ranks, drawn: int, seconds: float) -> None:
