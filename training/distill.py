@@ -20,12 +20,12 @@ from edgeflow.errors import UsageError
 from edgeflow.spec import FIRST_TIMESTEP
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import caption_states
 from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow, velocity_field
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import NORMS, PerceptualDistance, check_choice, latent_distance
 from edgeflow.training.models import Parts, load_parts
+from edgeflow.training.pair_source import PairFolder, pair_source
 from edgeflow.training.pairs import Pairs
 from edgeflow.training.student import begin_student
 
@@ -39,6 +39,7 @@ class DistillConfig:
     keep_nearest: float = 1.0
     loss: str = "huber"  # of the latents; or "l2"
     student: str = "same"  # or "small": a UNet of half the parameters or less (student.py)
+    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, NORMS)
@@ -55,7 +56,7 @@ class DistillObjective:
         self,
         config: DistillConfig,
         source: Path | Parts,
-        pairs: Pairs,
+        pairs: Pairs | PairFolder,
         device: torch.device,
         flow_source: Path | None = None,
     ):
@@ -73,8 +74,11 @@ class DistillObjective:
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
         self.draw = Draw(config.loop.batch_size, device)
-        self.pairs = pairs.nearest(config.keep_nearest)
-        self.text = caption_states(self.parts, pairs.captions, device)
+        batch, keep = config.loop.batch_size, config.keep_nearest
+        self.source = pair_source(
+            pairs, self.parts, device, batch_size=batch, keep=keep, seed=config.loop.seed
+        )
+        self.pairs, self.text = self.source.pairs, self.source.text
         self.vae = self.parts.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.perceptual = PerceptualDistance().to(device) if config.perceptual_weight else None
         if config.loop.compile:
@@ -109,7 +113,10 @@ class DistillObjective:
         return losses
 
     def batch_keys(self, index: Tensor) -> list[str]:
-        return self.pairs.names(index)
+        return self.source.names(index)
+
+    def prepare(self, done: int) -> None:
+        self.source.prepare(done)
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}

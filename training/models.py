@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from edgeflow.checkpoint import FACTS, SCHEMA, Checkpoint
 from edgeflow.errors import CheckpointError
 from edgeflow.loading import load_modules, quiet_libraries
+from edgeflow.solvers import scheduler_of
 
 
 def dpm_solver() -> DPMSolverMultistepScheduler:
@@ -60,6 +61,7 @@ class Parts:
     text_encoder: CLIPTextModel
     tokenizer_dir: Path
     facts: dict[str, Any] = field(default_factory=dict)
+    prediction: str = "epsilon"  # what a diffusion model's UNet predicts
 
 
 def build_autoencoder(shape: ModelShape) -> AutoencoderTiny:
@@ -116,7 +118,10 @@ def load_parts(model: str | Path) -> Parts:
     text_encoder, unet, vae = load_modules(checkpoint)
     for part in (text_encoder, unet, vae):
         part.requires_grad_(True)
-    return Parts(vae, unet, text_encoder, checkpoint.root / "tokenizer", checkpoint.facts)
+    prediction = "epsilon"
+    if checkpoint.kind == "diffusion":
+        prediction = scheduler_of(checkpoint).config.prediction_type
+    return Parts(vae, unet, text_encoder, checkpoint.root / "tokenizer", checkpoint.facts, prediction)
 
 
 def _open_float(model: str | Path) -> Checkpoint:

@@ -14,12 +14,14 @@ reader leave out the farthest pairs without having seen all of them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflow.errors import BackendMissing, DataError
+from edgeflow.staging import staged_file
 
 SCHEMA = 1
 FACTS = "pairs.json"
@@ -54,44 +57,42 @@ def distance_path(shard: Path) -> Path:
     return shard.with_suffix(".distance.npy")
 
 
-def write_shard(path: Path, first: int, shard: Shard, distance: NDArray[np.float32]) -> None:
-    """Write the pairs numbered from ``first``; equal pairs give equal bytes.
+class ShardWriter:
+    """Adds pairs to the shard that ``open_shard`` has begun."""
 
-    The shard is there once its tar is: the distances come before it, and a shard that it replaces goes first.
-    """
-    path.unlink(missing_ok=True)
-    with _whole(distance_path(path)) as file:
-        np.save(file, distance.astype(np.float32))
-    with (
-        _whole(path) as file,
-        _webdataset().TarWriter(file, user="edgeflow", group="edgeflow", mtime=0) as writer,
-    ):
-        for i, (seed, caption, latent) in enumerate(
-            zip(shard.seed, shard.caption, shard.latent, strict=True)
-        ):
+    def __init__(self, tar: Any, first: int):
+        self.tar, self.number = tar, first
+        self.distances: list[NDArray[np.float32]] = []
+
+    def add(self, pairs: Shard, distance: NDArray[np.float32]) -> None:
+        """The next pairs and their ‖x₁ − x₀‖²; equal pairs give equal bytes."""
+        for seed, caption, latent in zip(pairs.seed, pairs.caption, pairs.latent, strict=True):
             about = {"caption": caption, "seed": int(seed)}
-            writer.write({"__key__": f"{first + i:09d}", "json": about, "latent.npy": latent})
+            self.tar.write({"__key__": f"{self.number:09d}", "json": about, "latent.npy": latent})
+            self.number += 1
+        self.distances.append(distance.astype(np.float32))
 
 
-class _whole:
-    """A file that takes its name once it is complete and on the disk."""
+@contextlib.contextmanager
+def open_shard(path: Path, first: int) -> Iterator[ShardWriter]:
+    """A shard whose pairs are numbered from ``first``: there once the block has ended well.
 
-    def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+    It is there when its tar is. The distances come before it, and a shard that it replaces goes before them.
+    """
+    tar = partial(_webdataset().TarWriter, user="edgeflow", group="edgeflow", mtime=0)
+    with staged_file(path) as file:
+        with tar(file) as stream:
+            writer = ShardWriter(stream, first)
+            yield writer
+        path.unlink(missing_ok=True)
+        with staged_file(distance_path(path)) as distances:
+            np.save(distances, np.concatenate(writer.distances))
 
-    def __enter__(self) -> Any:
-        self.file = self.partial.open("wb")
-        return self.file
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+def write_shard(path: Path, first: int, pairs: Shard, distance: NDArray[np.float32]) -> None:
+    """A whole shard at once."""
+    with open_shard(path, first) as writer:
+        writer.add(pairs, distance)
 
 
 def shard_length(path: Path) -> int:

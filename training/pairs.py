@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,13 +33,13 @@ from edgeflow.training.pair_shards import (
     SCHEMA,
     Shard,
     list_shards,
+    open_shard,
     read_shards,
     shard_length,
     shard_path,
-    write_shard,
 )
 from edgeflow.training.ranks import Ranks
-from edgeflow.training.sampling import decode, sample_teacher, seeded_noise
+from edgeflow.training.sampling import decode, sample_flow, sample_teacher, seeded_noise
 from edgeflow.training.sheet import draw_sheet
 from edgeflow.training.text_states import GIB, encode, states_bytes
 
@@ -79,17 +80,12 @@ class Pairs:
         """Raises DataError for a folder without whole shards."""
         noise, latent, caption, seeds, numbers = [], [], [], [], dict[str, int]()
         for shard in read_shards(list_shards(folder)):
+            seeds.append(torch.from_numpy(shard.seed))
             latent.append(torch.from_numpy(shard.latent).to(device).float())
-            seeds.append(torch.from_numpy(shard.seed).long())
             noise.append(seeded_noise(seeds[-1], shard.latent.shape[1:]).to(device))
             caption += [numbers.setdefault(text, len(numbers)) for text in shard.caption]
-        return cls(
-            torch.cat(noise),
-            torch.cat(latent),
-            torch.tensor(caption, device=device),
-            list(numbers),
-            torch.cat(seeds),
-        )
+        index = torch.tensor(caption, device=device)
+        return cls(torch.cat(noise), torch.cat(latent), index, list(numbers), torch.cat(seeds))
 
     def names(self, index: Tensor) -> list[str]:
         """Seeds and captions of the pairs ``index`` (on the CPU), for messages."""
@@ -107,7 +103,8 @@ class Pairs:
 
 
 class PairDrawer:
-    """A teacher and the captions it draws, on the device."""
+    """A teacher and the captions it draws, on the device. A diffusion model draws by DPM-Solver++ on its own
+    scheduler's noise levels, a rectified flow by Euler's method."""
 
     def __init__(self, config: PairsConfig, teacher: Path, captions: Sequence[str], device: torch.device):
         if config.weights not in WEIGHTS:
@@ -115,7 +112,9 @@ class PairDrawer:
         self.config, self.captions, self.device = config, captions, device
         checkpoint = Checkpoint.open(teacher)
         self.teacher = {"name": checkpoint.name, "hash": checkpoint.hash}
-        self.solver = scheduler_of(checkpoint)
+        self.sample: Callable[..., Tensor] = sample_flow
+        if checkpoint.kind == "diffusion":
+            self.sample = partial(sample_teacher, solver=scheduler_of(checkpoint))
         self.parts = load_parts(teacher)
         dtype = getattr(torch, config.weights)
         with quiet_libraries():
@@ -123,7 +122,8 @@ class PairDrawer:
         self.vae = self.parts.vae.to(device)
         self.encoder = self.parts.text_encoder.to(device)
         # A caption that is drawn once need not be kept.
-        small = states_bytes(self.parts, len(captions)) <= _TABLE_BYTES
+        text = self.encoder.config
+        small = states_bytes(text.max_position_embeddings, text.hidden_size, len(captions)) <= _TABLE_BYTES
         self.table = caption_states(self.parts, captions, device) if small else None
         self.empty = caption_states(self.parts, [""], device)
         side = self.unet.config.sample_size
@@ -138,14 +138,13 @@ class PairDrawer:
         """float16 latents (N, C, h, w) of these pairs and float32 ‖x₁ − x₀‖² (N,), on the CPU."""
         noise = seeded_noise(numbers + self.config.seed, self.shape).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            x = sample_teacher(
+            x = self.sample(
                 self.unet,
                 self._text(numbers),
                 self.empty,
                 noise,
                 steps=self.config.steps,
                 guidance=self.config.guidance,
-                solver=self.solver,
             )
         latent = x.half()
         if not torch.isfinite(latent).all():
@@ -163,7 +162,7 @@ class PairDrawer:
 
     def draw_sheet(self, path: Path, latents: Tensor) -> None:
         labels = [self.caption(i) for i in range(len(latents))]
-        draw_sheet(path, decode(self.vae, latents.float().to(self.device), 8), labels, columns=8)
+        draw_sheet(path, decode(self.vae, latents.float().to(self.device)), labels, columns=8)
 
 
 def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path, ranks: Ranks | None = None) -> int:
@@ -182,15 +181,12 @@ def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path, ranks: Ranks 
         if shard_length(path) == wanted:
             on_disk += wanted
             continue
-        latent, distance = _draw_shard(drawer, torch.arange(first, first + wanted), began)
-        if not len(latent):
+        count, head = _draw_shard(drawer, path, torch.arange(first, first + wanted), began)
+        if not count:
             break
-        seeds = np.arange(first, first + len(latent), dtype=np.int64)
-        captions = [drawer.caption(i) for i in seeds.tolist()]
-        write_shard(path, first, Shard(seeds + config.seed, captions, latent.numpy()), distance.numpy())
-        drawn, on_disk = drawn + len(latent), on_disk + len(latent)
+        drawn, on_disk = drawn + count, on_disk + count
         if number == 0:
-            drawer.draw_sheet(out / "sheet.png", latent[:32])
+            drawer.draw_sheet(out / "sheet.png", head)
     _log(out, ranks, drawn, time.monotonic() - began)
     return on_disk
 
@@ -200,16 +196,29 @@ def _per_shard(config: PairsConfig) -> int:
     return -(-config.shard_size // config.batch_size) * config.batch_size
 
 
-def _draw_shard(drawer: PairDrawer, numbers: Tensor, began: float) -> tuple[Tensor, Tensor]:
-    """Latents and distances of these pairs, or of the batches for which there was time."""
-    minutes, parts = drawer.config.minutes, []
-    for batch in numbers.split(drawer.config.batch_size):
-        if minutes and time.monotonic() - began > 60 * minutes:
-            break
-        parts.append(drawer.draw(batch))
-    if not parts:
-        return torch.empty(0), torch.empty(0)
-    return torch.cat([latent for latent, _ in parts]), torch.cat([distance for _, distance in parts])
+def _draw_shard(drawer: PairDrawer, path: Path, numbers: Tensor, began: float) -> tuple[int, Tensor]:
+    """Draw the shard of these pairs, or of the batches for which there is time, writing one batch while the
+    next is drawn. Returns how many pairs they are, and the first 32 latents."""
+    limit, done, head = 60 * drawer.config.minutes, 0, torch.empty(0)
+    if limit and time.monotonic() - began > limit:
+        return 0, head
+    with open_shard(path, int(numbers[0])) as shard, ThreadPoolExecutor(1) as writing:
+        written: Future[None] | None = None
+        for batch in numbers.split(drawer.config.batch_size):
+            if done and limit and time.monotonic() - began > limit:
+                break
+            latent, distance = drawer.draw(batch)
+            seeds = batch.numpy() + drawer.config.seed
+            pairs = Shard(seeds, [drawer.caption(i) for i in batch.tolist()], latent.numpy())
+            if written is not None:
+                written.result()
+            written = writing.submit(shard.add, pairs, distance.numpy())
+            done += len(batch)
+            if len(head) < 32:
+                head = torch.cat([head, latent])[:32]
+        if written is not None:
+            written.result()
+    return done, head
 
 
 def _log(out: Path, ranks: Ranks, drawn: int, seconds: float) -> None:

@@ -27,7 +27,7 @@ def loop_plan(objective: Any, config: LoopConfig, processes: int) -> dict[str, A
         draw.share(0, processes, config.accumulate)
     in_hand = config.batch_size // (processes * config.accumulate)
     memory = _memory(objective, config, in_hand, processes)  # first: it lets the objective draw once
-    examples = draw.count if draw is not None else None
+    examples = _examples(objective)
     seen = config.steps * config.batch_size
     return {
         "processes": processes,
@@ -40,6 +40,13 @@ def loop_plan(objective: Any, config: LoopConfig, processes: int) -> dict[str, A
         "passes": round(seen / examples, 2) if examples else None,
         "memory_estimate_mib": memory,
     }
+
+
+def _examples(objective: Any) -> int | None:
+    """How many examples the run draws from: streamed pairs are more than the shard that is in memory."""
+    if (kept := getattr(getattr(objective, "source", None), "kept", None)) is not None:
+        return sum(int(shard.sum()) for shard in kept)
+    return objective.draw.count if hasattr(objective, "draw") else None
 
 
 def _modules(objective: Any) -> list[dict[str, Any]]:

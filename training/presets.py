@@ -13,6 +13,7 @@ from edgeflow.training.config import LoopConfig
 from edgeflow.training.distill import DistillConfig
 from edgeflow.training.models import ModelShape
 from edgeflow.training.pairs import PairsConfig
+from edgeflow.training.presets_sd15 import SD15
 from edgeflow.training.qat_inputs import QatConfig
 from edgeflow.training.reflow import ReflowConfig
 from edgeflow.training.teacher import TeacherConfig
@@ -47,6 +48,7 @@ def _gpu(steps: int, batch_size: int, learning_rate: float, **more: Any) -> Loop
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    **SD15,
     "tiny": {
         "autoencoder": AutoencoderConfig(_tiny(10), TINY_SHAPE),
         "teacher": TeacherConfig(_tiny(10), TINY_SHAPE, sample_steps=5),

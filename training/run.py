@@ -23,6 +23,7 @@ from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import Parts, load_autoencoder, load_parts
+from edgeflow.training.pair_source import open_pairs
 from edgeflow.training.pairs import PairDrawer, Pairs, check_pairs, draw_pairs, read_prompts, start_pairs
 from edgeflow.training.parallel import Processes
 from edgeflow.training.plan import header, loop_plan
@@ -38,7 +39,7 @@ from edgeflow.training.vocabulary import train_vocabulary
 _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "autoencoder": (True, (), False),
     "teacher": (True, ("autoencoder", "diffusion"), False),
-    "pairs": (False, ("diffusion",), False),  # and --data or --prompts
+    "pairs": (False, ("diffusion", "rectified-flow"), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
     "adversarial": (False, ("one-step",), True),
@@ -121,6 +122,10 @@ def _configure(request: Request) -> Any:
         raise UnknownNameError("stage", request.stage, STAGES)
     if request.preset not in PRESETS:
         raise UnknownNameError("preset", request.preset, PRESETS)
+    if request.stage not in PRESETS[request.preset]:
+        raise UnknownNameError(
+            f"stage of the preset {request.preset}", request.stage, PRESETS[request.preset]
+        )
     prefix = "" if request.stage == "pairs" else "loop."
     flags = {prefix + k: v for k, v in (request.flags or {}).items() if v is not None}
     if "steps" in flags:  # pairs has no loop: its --steps is the number of pairs
@@ -189,8 +194,6 @@ def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
     if (request.data is None) == (request.prompts is None):
         raise UsageError("train pairs: expected one of --data DIR and --prompts FILE for the captions")
     ranks, teacher, out = Ranks.from_environment(), checkpoint_of(request.source), request.out
-    if device.type == "cuda":
-        torch.cuda.set_device(ranks.local)
     check_pairs(out, force=request.force, resume=request.resume, ranks=ranks)
     if request.prompts is not None:
         captions = read_prompts(request.prompts)
@@ -229,15 +232,16 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         recipe, captions = read_recipe(request.recipe), _qat_captions(request, source)
         return QatObjective(config, Checkpoint.open(source), recipe, captions, device)
     assert request.pairs is not None
-    pairs = Pairs.load(request.pairs, device)
     if request.stage == "adversarial":
+        pairs = Pairs.load(request.pairs, device)
         size = int(Checkpoint.open(source).facts["picture_size"])
         real = Corpus.load(request.data, "train", size, device) if request.data else None
         return AdversarialObjective(config, source, pairs, real, device)
+    drawn = open_pairs(request.pairs, source, device, config.pairs_gib)
     if request.stage == "distill":
         flow = checkpoint_of(request.flow) if request.flow else None
-        return DistillObjective(config, source, pairs, device, flow)
-    return ReflowObjective(config, source, pairs, device)
+        return DistillObjective(config, source, drawn, device, flow)
+    return ReflowObjective(config, source, drawn, device)
 
 
 def _teacher_in_outline(

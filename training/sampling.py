@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from edgeflow.training import flow
 from edgeflow.training.models import dpm_solver
 
 
@@ -57,8 +58,28 @@ def sample_teacher(
 
 
 @torch.no_grad()
+def sample_flow(
+    unet: UNet2DConditionModel, text: Tensor, empty: Tensor, noise: Tensor, *, steps: int, guidance: float
+) -> Tensor:
+    """As ``sample_teacher``, by a UNet that predicts the velocity: Euler's method with v guided alike."""
+    guided = guidance > 1
+    states = (torch.cat([empty.expand_as(text), text]) if guided else text).to(unet.dtype)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        z, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
+        v = unet(z.to(unet.dtype, memory_format=torch.channels_last), t, states).sample.float()
+        if not guided:
+            return v
+        unconditional, conditional = v.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    return flow.euler(velocity, noise, steps)
+
+
+@torch.no_grad()
 def decode(vae: AutoencoderTiny, latents: Tensor, batch_size: int = 64) -> Tensor:
-    """uint8 pictures (N, 3, S, S) of UNet-scale latents, on the CPU."""
+    """uint8 pictures (N, 3, S, S) of UNet-scale latents, on the CPU; large pictures a few at a time."""
+    batch_size = min(batch_size, max(1, 16384 // latents[0, 0].numel()))
     pictures = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(batch_size)]
     return to_uint8(torch.cat(pictures))
 

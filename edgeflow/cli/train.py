@@ -30,7 +30,12 @@ _FOLDER = click.Path(path_type=Path)
     ),
 )
 @click.argument("stage", metavar="STAGE")
-@click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
+@click.option(
+    "--preset",
+    default="emoji",
+    show_default=True,
+    help="Preset to start from: tiny, emoji, sd15 or sd15-second.",
+)
 @click.option(
     "--data",
     type=_FOLDER,
