@@ -170,14 +170,8 @@ def test_micro_batches_and_checkpointing_change_nothing(
 def test_the_autoencoder_is_split_by_groups(data: Path, tmp_path: Path) -> None:
     """Its term on the latents' moments belongs to a group of pictures: the same in one piece and in four."""
     for pieces in (1, 4):
-        extra = (
-            "--set",
-            f"loop.accumulate={pieces}",
-            "--set",
-            "moments_group=2",
-            "--set",
-            "loop.log_every=1",
-        )
+        settings = (f"loop.accumulate={pieces}", "moments_group=2", "loop.log_every=1")
+        extra = [word for setting in settings for word in ("--set", setting)]
         train("autoencoder", "--data", data, *extra, "--steps", 1, "-o", tmp_path / str(pieces))
     whole, split = (_first_log(tmp_path / n) for n in "14")
     assert split == pytest.approx(whole, rel=1e-5)
@@ -204,6 +198,13 @@ def test_a_dry_run_says_what_the_run_became_and_writes_nothing(
     assert "Nothing was written." in capsys.readouterr().out
     assert not Path(out).exists()
     assert main([*wanted, "--from", str(runs / "autoencoder"), "-o", str(runs / "teacher")]) == 2
+    capsys.readouterr()
+    reflow = ("train", "reflow", "--preset", "tiny", "--from", str(runs / "teacher"), "--device", "cpu")
+    for gib in ("1.0", "1e-6"):  # held, and streamed: the nearest 0.9 of 32 pairs either way
+        more = ("--pairs", str(runs / "pairs"), "--set", f"pairs_gib={gib}", "-o", out, "--dry-run", "--json")
+        assert main([*reflow, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["examples"] == 28
+    assert not Path(out).exists()
 
 
 @pytest.mark.slow  # 20 s: three processes that import everything
@@ -212,19 +213,8 @@ def test_a_stage_killed_on_the_command_line_resumes_to_the_same_bytes(
 ) -> None:
     """SIGKILL as soon as a state is there, wherever the run is by then."""
     out = tmp_path / "run"
-    words = [
-        "train",
-        "autoencoder",
-        "--preset",
-        "tiny",
-        "--device",
-        "cpu",
-        "--data",
-        str(data),
-        "-o",
-        str(out),
-    ]
-    words += ["--set", "loop.save_steps=1"]
+    words = ["train", "autoencoder", "--preset", "tiny", "--device", "cpu", "--data", str(data)]
+    words += ["--set", "loop.save_steps=1", "-o", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "edgeflow.cli", *words], stderr=subprocess.PIPE)
     while not (out / "state.pt").exists() and process.poll() is None:
         time.sleep(0.005)
