@@ -72,18 +72,21 @@ class Processes:
             return values
         values = values.clone()
         for bucket in buckets([values, *gradients]):
-            flat = torch.cat([t.reshape(-1).float() for t in bucket])
+            lines = [_line(t) for t in bucket]
+            flat = torch.cat(lines)
             dist.all_reduce(flat)
             flat /= self.size
-            parts = flat.split([t.numel() for t in bucket])
-            torch._foreach_copy_(bucket, [p.view(t.shape) for p, t in zip(parts, bucket, strict=True)])
+            torch._foreach_copy_(lines, list(flat.split([len(line) for line in lines])))
         return values
 
     def share(self, tensors: Sequence[Tensor]) -> None:
         """Replace the tensors by those of process 0."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                packed = tensor.contiguous()
+                dist.broadcast(packed, src=0)
+                if packed is not tensor:
+                    tensor.copy_(packed)
 
     def share_random_state(self) -> None:
         """Give every process the random state of process 0."""
@@ -97,6 +100,14 @@ class Processes:
         torch.set_rng_state(moved[0].cpu())
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(moved[1].cpu())
+
+
+def _line(tensor: Tensor) -> Tensor:
+    """The tensor's own memory as one dimension. Gradients lie as their weights do, alike in every process."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # channels last, for one
+    return tensor.permute(order).view(-1)
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

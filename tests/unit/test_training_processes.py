@@ -17,7 +17,7 @@ import torch
 
 from edgeflow.errors import ConfigError, TrainingError
 from edgeflow.training.draw import Draw
-from edgeflow.training.parallel import buckets
+from edgeflow.training.parallel import _line, buckets
 
 DRIVER = Path(__file__).with_name("drive_training.py")
 _spec = importlib.util.spec_from_file_location("drive_training", DRIVER)
@@ -89,6 +89,15 @@ def test_buckets_hold_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("edgeflow.training.parallel.BUCKET", 5)
     tensors = [torch.zeros(n) for n in (2, 3, 1, 9, 4)]
     assert [[len(t) for t in b] for b in buckets(tensors)] == [[2, 3], [1], [9], [4]]
+
+
+def test_a_gradient_is_sent_as_it_lies() -> None:
+    """Writing into the line writes into the tensor, in any dense order of memory."""
+    for format in (torch.contiguous_format, torch.channels_last):
+        tensor = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).contiguous(memory_format=format)
+        line = _line(tensor)
+        line *= 2
+        assert torch.equal(tensor.flatten(), 2 * torch.arange(120.0)) and line.is_contiguous()
 
 
 def test_micro_batches_are_the_batch(tmp_path: Path) -> None:
