@@ -20,11 +20,12 @@ from edgeflow.errors import UsageError
 from edgeflow.spec import FIRST_TIMESTEP
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import caption_states, random_index
+from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow, velocity_field
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import NORMS, PerceptualDistance, check_choice, latent_distance
 from edgeflow.training.models import Parts, load_parts
+from edgeflow.training.pair_source import PairFolder, pair_source
 from edgeflow.training.pairs import Pairs
 
 
@@ -35,6 +36,7 @@ class DistillConfig:
     latent_weight: float = 1.0
     perceptual_weight: float = 0.0
     keep_nearest: float = 1.0
+    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
     loss: str = "huber"  # of the latents; or "l2"
 
     def __post_init__(self) -> None:
@@ -42,24 +44,24 @@ class DistillConfig:
 
 
 class DistillObjective:
-    """Trains a one-step UNet, starting from ``source``'s weights.
+    """Trains a one-step UNet, starting from the weights of ``teacher``, a flow or a one-step model.
 
-    ``flow_source`` is the checkpoint that online targets are integrated from; ``source`` itself if not given.
-    Raises UsageError for one that the settings have no use for, or whose other parts are not the source's.
+    ``flow_source`` is the checkpoint that online targets are integrated from; ``teacher`` if not given.
+    Raises UsageError for one that the settings have no use for, or whose other parts are not the teacher's.
     """
 
     def __init__(
         self,
         config: DistillConfig,
-        source: Path,
-        pairs: Pairs,
+        teacher: Path | Parts,
+        pairs: Pairs | PairFolder,
         device: torch.device,
         flow_source: Path | None = None,
     ):
         if flow_source is not None and not config.target_steps:
             raise UsageError("train distill: --flow: expected target_steps of 1 or more, got 0")
         self.config, self.device = config, device
-        self.parts = load_parts(source)
+        self.parts = teacher if isinstance(teacher, Parts) else load_parts(teacher)
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         self.flow = None
@@ -68,8 +70,12 @@ class DistillObjective:
             self.flow = frozen.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
-        self.pairs = pairs.nearest(config.keep_nearest)
-        self.text = caption_states(self.parts, pairs.captions, device)
+        self.draw = Draw(config.loop.batch_size, device)
+        batch, keep = config.loop.batch_size, config.keep_nearest
+        self.source = pair_source(
+            pairs, self.parts, device, batch_size=batch, keep=keep, seed=config.loop.seed
+        )
+        self.pairs, self.text = self.source.pairs, self.source.text
         self.vae = self.parts.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.perceptual = PerceptualDistance().to(device) if config.perceptual_weight else None
         if config.loop.compile:
@@ -81,17 +87,16 @@ class DistillObjective:
                 self.perceptual.compile()
 
     def loss(self) -> dict[str, Tensor]:
-        batch = self.config.loop.batch_size
-        index = random_index(len(self.pairs.noise), batch, self.device)
+        index = self.draw.index(len(self.pairs.noise))
         text = self.text[self.pairs.caption[index]]
         if self.flow is None:
             noise, target = self.pairs.noise[index], self.pairs.latent[index]
         else:
-            noise = torch.randn_like(self.pairs.noise[index])
+            noise = self.draw.normal(*self.pairs.noise.shape[1:])
             with torch.no_grad():
                 target = flow.euler(velocity_field(self.flow, text), noise, self.config.target_steps)
         noise = noise.contiguous(memory_format=torch.channels_last)
-        t = torch.full((batch,), FIRST_TIMESTEP, device=self.device)
+        t = torch.full((len(index),), FIRST_TIMESTEP, device=self.device)
         drawn = noise + self.trained["unet"](noise, t, text).sample.float()
         latent = latent_distance(self.config.loss, drawn, target)
         losses = {"loss": self.config.latent_weight * latent, "latent": latent}
@@ -103,6 +108,12 @@ class DistillObjective:
             losses["loss"] = losses["loss"] + self.config.perceptual_weight * perceptual
             losses["perceptual"] = perceptual
         return losses
+
+    def batch_keys(self, index: Tensor) -> list[str]:
+        return self.source.names(index)
+
+    def prepare(self, done: int) -> None:
+        self.source.prepare(done)
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}
@@ -120,6 +131,6 @@ def _flow_unet(source: Path, parts: Parts) -> nn.Module:
     other = load_parts(source)
     for name in ("vae", "text_encoder"):
         mine, theirs = (getattr(p, name).state_dict() for p in (parts, other))
-        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k]) for k in mine):
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k].cpu(), theirs[k]) for k in mine):
             raise UsageError(f"train distill: --flow {source}: expected the {name} of --from, got another")
     return other.unet

@@ -13,6 +13,7 @@ from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import CheckpointError, UsageError
 from edgeflow.generate import Generator, load_runtime, open_model
+from edgeflow.solvers import scheduler_of
 from edgeflow.training import flow
 from edgeflow.training.flow_model import caption_states, velocity_field
 from edgeflow.training.models import load_parts
@@ -85,7 +86,13 @@ class Drawer:
             noise = seeded_noise(torch.tensor([seeds[i] for i in index]), self.latent_shape).to(device)
             if checkpoint.kind == "diffusion":
                 latents = sample_teacher(
-                    unet, text[index], empty, noise, steps=self.steps, guidance=self.guidance
+                    unet,
+                    text[index],
+                    empty,
+                    noise,
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    solver=scheduler_of(checkpoint),
                 )
             else:
                 latents = flow.euler(_guided(unet, text[index], empty, self.guidance), noise, self.steps)

@@ -60,11 +60,10 @@ def u_shaped(uniform: Tensor, mirror: Tensor, a: float = 4.0) -> Tensor:
     return torch.where(mirror < 0.5, t, 1.0 - t)
 
 
-def draw_times(kind: str, count: int, device: torch.device) -> Tensor:
-    """Times τ (count,) from the default generator: ``u-shaped`` or ``uniform`` on [0, 1]."""
-    uniform, mirror = torch.rand(2, count, device=device)
-    return u_shaped(uniform, mirror) if kind == "u-shaped" else uniform
-
-
-#: What :func:`draw_times` knows.
+#: What :func:`times` knows.
 TIMES = ("u-shaped", "uniform")
+
+
+def times(kind: str, uniform: Tensor, mirror: Tensor) -> Tensor:
+    """Times τ (N,) of the density that ``kind`` names on [0, 1], from two U(0, 1) of shape (N,)."""
+    return u_shaped(uniform, mirror) if kind == "u-shaped" else uniform

@@ -23,7 +23,8 @@ def velocity_field(unet: nn.Module, text: Tensor) -> flow.Velocity:
 
 def save_flow(parts: Parts, unet: nn.Module, folder: Path, facts: dict[str, object]) -> None:
     """A checkpoint with ``unet`` in place of the parts' own; licence, origin and prompts are inherited."""
-    inherited = {k: parts.facts[k] for k in ("licence", "origin", "prompts", "picture_size")}
+    kept = ("licence", "origin", "prompts", "picture_size")  # the last is not in what others published
+    inherited = {k: parts.facts[k] for k in kept if k in parts.facts}
     save_parts(dataclasses.replace(parts, unet=unet), folder, {**inherited, **facts})
 
 

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import caption_states, random_index
+from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import NORMS, check_choice, latent_distance
-from edgeflow.training.models import load_parts
+from edgeflow.training.models import Parts, load_parts
+from edgeflow.training.pair_source import PairFolder, pair_source
 from edgeflow.training.pairs import Pairs
+
+#: What a diffusion network's output is multiplied with to be nearest to the velocity x₁ − x₀ at τ = 0, where
+#: its input is the noise: its ε is x₀ there, and its v = √ᾱ·ε − √(1−ᾱ)·x₁ (Salimans & Ho 2022, arXiv
+#: 2202.00512) is −x̂₁ but for √ᾱ = 0.07 of noise. The factor of least squares is −1 for ε and, as its picture
+#: is surer, −1.2 to −1 for v; no factor gives the part that is missing, x̂₁ or −x₀. See
+#: docs/stable-diffusion.md.
+FIRST_SIGN = {"epsilon": -1.0, "v_prediction": -1.0, "sample": 1.0}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class ReflowConfig:
     loop: LoopConfig
     keep_nearest: float = 0.9  # fraction of pairs kept, by distance
     sample_steps: int = 25
+    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
     times: str = "u-shaped"  # or "uniform"
     loss: str = "huber"  # or "l2"
 
@@ -40,33 +49,47 @@ class ReflowConfig:
 class ReflowObjective:
     """Trains the UNet to the velocity of straight lines, starting from the teacher's weights."""
 
-    def __init__(self, config: ReflowConfig, teacher: Path, pairs: Pairs, device: torch.device):
+    def __init__(
+        self,
+        config: ReflowConfig,
+        teacher: Path | Parts,
+        pairs: Pairs | PairFolder,
+        device: torch.device,
+    ):
         self.config, self.device = config, device
-        self.parts = load_parts(teacher)
+        self.parts = teacher if isinstance(teacher, Parts) else load_parts(teacher)
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         if self.parts.facts["kind"] == "diffusion":
-            # At τ = 0 the velocity is x₁ − x₀ and an ε-network predicts x₀: its negative is nearest.
             with torch.no_grad():
-                unet.conv_out.weight.neg_()
-                unet.conv_out.bias.neg_()
+                unet.conv_out.weight.mul_(FIRST_SIGN[self.parts.prediction])
+                unet.conv_out.bias.mul_(FIRST_SIGN[self.parts.prediction])
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
-        self.pairs = pairs.nearest(config.keep_nearest)
-        self.text = caption_states(self.parts, pairs.captions, device)
+        self.draw = Draw(config.loop.batch_size, device)
+        batch, keep = config.loop.batch_size, config.keep_nearest
+        self.source = pair_source(
+            pairs, self.parts, device, batch_size=batch, keep=keep, seed=config.loop.seed
+        )
+        self.pairs, self.text = self.source.pairs, self.source.text
         if config.loop.compile:
             unet.compile()
 
     def loss(self) -> dict[str, Tensor]:
-        batch = self.config.loop.batch_size
-        index = random_index(len(self.pairs.noise), batch, self.device)
+        index = self.draw.index(len(self.pairs.noise))
         noise, latent = self.pairs.noise[index], self.pairs.latent[index]
-        tau = flow.draw_times(self.config.times, batch, self.device)
+        tau = flow.times(self.config.times, self.draw.uniform(), self.draw.uniform())
         x = flow.interpolate(noise, latent, tau).contiguous(memory_format=torch.channels_last)
         text = self.text[self.pairs.caption[index]]
         velocity = self.trained["unet"](x, flow.timestep(tau), text).sample
         loss = latent_distance(self.config.loss, velocity, latent - noise)
         return {"loss": loss, "mse": (velocity.float() - (latent - noise)).square().mean()}
+
+    def batch_keys(self, index: Tensor) -> list[str]:
+        return self.source.names(index)
+
+    def prepare(self, done: int) -> None:
+        self.source.prepare(done)
 
     def save(self, folder: Path) -> None:
         facts = {

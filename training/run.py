@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import TrainingError, UnknownNameError, UsageError
+from edgeflow.staging import staged_folder
 from edgeflow.training.adversarial import AdversarialObjective
 from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
@@ -18,8 +19,11 @@ from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import load_autoencoder
-from edgeflow.training.pairs import PairDrawer, Pairs, draw_pairs, start_pairs
+from edgeflow.training.pair_source import open_pairs
+from edgeflow.training.pairs import PairDrawer, check_pairs, draw_pairs, read_prompts, start_pairs
+from edgeflow.training.parallel import Processes
 from edgeflow.training.presets import PRESETS, STAGES
+from edgeflow.training.ranks import Ranks
 from edgeflow.training.reflow import ReflowObjective
 from edgeflow.training.teacher import TeacherObjective
 from edgeflow.training.vocabulary import train_vocabulary
@@ -28,10 +32,10 @@ from edgeflow.training.vocabulary import train_vocabulary
 _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "autoencoder": (True, (), False),
     "teacher": (True, ("autoencoder", "diffusion"), False),
-    "pairs": (True, ("diffusion",), False),
+    "pairs": (False, ("diffusion",), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
-    "adversarial": (False, ("one-step",), True),
+    "adversarial": (False, ("one-step", "rectified-flow"), True),
 }
 
 
@@ -46,6 +50,7 @@ class Request:
     source: Path | None = None  # a run folder or a checkpoint
     pairs: Path | None = None
     flow: Path | None = None  # distill: what draws the online targets, where it is not the source
+    prompts: Path | None = None  # one caption a line, in place of a data set's
     toml: Path | None = None
     overrides: tuple[str, ...] = ()
     flags: dict[str, Any] | None = None
@@ -55,12 +60,18 @@ class Request:
 
 
 def run_stage(request: Request) -> Path:
-    """Run the stage and return its run folder. Raises EdgeflowError for anything a user can mend."""
+    """Run the stage and return its run folder. Raises EdgeflowError for anything a user can mend.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this; the first one writes.
+    """
     if request.stage not in STAGES:
         raise UnknownNameError("stage", request.stage, STAGES)
     if request.preset not in PRESETS:
         raise UnknownNameError("preset", request.preset, PRESETS)
-    device = pick_device(request.device)
+    processes = Processes.join(pick_device(request.device))
+    device = processes.device
+    if not processes.main:
+        logging.getLogger("edgeflow").setLevel(logging.ERROR)
     prefix = "" if request.stage == "pairs" else "loop."
     flags = {prefix + k: v for k, v in (request.flags or {}).items() if v is not None}
     if "steps" in flags:  # pairs has no loop: its --steps is the number of pairs
@@ -74,8 +85,11 @@ def run_stage(request: Request) -> Path:
     if request.stage == "pairs":
         return _run_pairs(request, config, device)
     check_run(request.out, force=request.force, resume=request.resume)
+    processes.barrier()  # everyone has looked at the folder before the first one writes into it
     objective = _objective(request, config, device)  # all inputs are read before anything is written
-    start_run(request.out, to_dict(config), resume=request.resume)
+    if processes.main:
+        start_run(request.out, to_dict(config), resume=request.resume)
+    processes.barrier()
     train(objective, config.loop, request.out, device, request.resume)
     return request.out
 
@@ -132,14 +146,22 @@ def _check_device(config: Any, device: torch.device) -> None:
 
 
 def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
-    assert request.data is not None and request.source is not None
-    teacher = checkpoint_of(request.source)
-    size = int(Checkpoint.open(teacher).facts["picture_size"])
-    captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
-    start_pairs(request.out, config, captions, force=request.force, resume=request.resume)
-    if draw_pairs(config, PairDrawer(config, teacher, captions, device), request.out) == 0:
-        raise TrainingError(f"pairs: {request.out}: no pair was drawn within {config.minutes} minutes")
-    return request.out
+    assert request.source is not None
+    if (request.data is None) == (request.prompts is None):
+        raise UsageError("train pairs: expected one of --data DIR and --prompts FILE for the captions")
+    ranks, teacher, out = Ranks.from_environment(), checkpoint_of(request.source), request.out
+    check_pairs(out, force=request.force, resume=request.resume, ranks=ranks)
+    if request.prompts is not None:
+        captions = read_prompts(request.prompts)
+    else:
+        assert request.data is not None
+        size = int(Checkpoint.open(teacher).generation.picture_size)
+        captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
+    drawer = PairDrawer(config, teacher, captions, device)
+    start_pairs(out, config, drawer, force=request.force, resume=request.resume, ranks=ranks)
+    if draw_pairs(config, drawer, out, ranks) == 0 and ranks.world == 1:
+        raise TrainingError(f"pairs: {out}: no pair was drawn within {config.minutes} minutes")
+    return out
 
 
 def _objective(request: Request, config: Any, device: torch.device) -> Any:
@@ -154,12 +176,12 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
         return TeacherObjective(
-            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device
+            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus, device), device
         )
     assert request.pairs is not None
-    pairs = Pairs.load(request.pairs, device)
+    pairs = open_pairs(request.pairs, source, device, config.pairs_gib)
     if request.stage == "adversarial":
-        size = int(Checkpoint.open(source).facts["picture_size"])
+        size = int(Checkpoint.open(source).generation.picture_size)
         real = Corpus.load(request.data, "train", size, device) if request.data else None
         return AdversarialObjective(config, source, pairs, real, device)
     if request.stage == "distill":
@@ -168,10 +190,11 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
     return ReflowObjective(config, source, pairs, device)
 
 
-def _vocabulary(request: Request, config: Any, corpus: Corpus) -> Path:
+def _vocabulary(request: Request, config: Any, corpus: Corpus, device: torch.device) -> Path:
     """The run's own vocabulary, learnt once from the training captions."""
-    folder = request.out / "tokenizer"
-    if not request.resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        train_vocabulary(corpus.captions, config.shape.vocabulary, folder, config.shape.max_tokens)
+    folder, processes = request.out / "tokenizer", Processes.current(device)
+    if processes.main and not (request.resume and folder.is_dir()):
+        with staged_folder(folder, force=True) as staged:
+            train_vocabulary(corpus.captions, config.shape.vocabulary, staged, config.shape.max_tokens)
+    processes.barrier()
     return folder

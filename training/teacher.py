@@ -15,7 +15,8 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import Corpus, encode_captions, encode_pictures, random_index
+from edgeflow.training.corpus import Corpus, encode_captions, encode_pictures
+from edgeflow.training.draw import Draw
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.models import (
     ModelShape,
@@ -52,6 +53,7 @@ class TeacherObjective:
     ):
         self.config, self.device = config, device
         self.vae, self.tokenizer_dir, self.captions = vae.to(device), tokenizer_dir, corpus.captions
+        self.batch_keys = corpus.names
         self.latents = encode_pictures(self.vae, corpus)
         self.ids = encode_captions(corpus.captions, tokenizer_dir, device)
         self.empty_ids = encode_captions([""], tokenizer_dir, device)
@@ -65,17 +67,17 @@ class TeacherObjective:
             }
         )
         self.averaged = averaged_copy(self.trained)
+        self.draw = Draw(config.loop.batch_size, device)
         if config.loop.compile:
             self.trained["unet"].compile()
 
     def loss(self) -> dict[str, Tensor]:
-        batch = self.config.loop.batch_size
-        index = random_index(len(self.latents), batch, self.device)
+        index = self.draw.index(len(self.latents))
         x, ids = self.latents[index], self.ids[index]
-        dropped = torch.rand(batch, 1, device=self.device) < self.config.caption_dropout
+        dropped = self.draw.uniform(1) < self.config.caption_dropout
         ids = torch.where(dropped, self.empty_ids, ids)
-        noise = torch.randn_like(x)
-        t = torch.randint(len(self.alpha_bar), (batch,), device=self.device)
+        noise = self.draw.normal(*x.shape[1:])
+        t = self.draw.integers(len(self.alpha_bar))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         noisy = (alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise).contiguous(
             memory_format=torch.channels_last

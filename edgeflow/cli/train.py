@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,17 @@ _FOLDER = click.Path(path_type=Path)
     help="Captioned pictures (autoencoder, teacher, pairs, adversarial).",
 )
 @click.option(
-    "--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from."
+    "--from",
+    "--teacher",
+    "source",
+    type=_FOLDER,
+    metavar="RUN",
+    help="Run, checkpoint folder or hub id that the stage starts from.",
 )
 @click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill, adversarial).")
+@click.option(
+    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs)."
+)
 @click.option(
     "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
 )
@@ -64,11 +73,11 @@ def command(as_json: bool, **options: Any) -> None:
     \b
     autoencoder  --data                    pictures to small latents and back
     teacher      --data --from AUTOENCODER a small Stable Diffusion
-    pairs        --data --from TEACHER     noise, caption and the teacher's picture
+    pairs        --data|--prompts --teacher TEACHER
+                                           noise, caption and the teacher's picture
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
-    adversarial  --pairs --from DISTILL    sharper: a discriminator beside the distance (with --data, of real
-                                           pictures)
+    adversarial  --pairs --from DISTILL    sharper: against a discriminator (with --data, on real pictures)
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
     and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
@@ -81,6 +90,8 @@ def command(as_json: bool, **options: Any) -> None:
         raise BackendMissing(error.name or "torch", "train") from error
     flags = {name: options.pop(name) for name in ("steps", "minutes", "seed")}
     out = run_stage(Request(flags=flags, **options))
+    if os.environ.get("RANK", "0") != "0":  # of many processes the first one speaks
+        return
     if as_json:
         print_json({"stage": options["stage"], "run": str(out)})
     else:

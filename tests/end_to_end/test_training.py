@@ -18,6 +18,7 @@ from edgeflow.cli.train import command
 from edgeflow.generate import Generator
 from edgeflow.training.flow import euler
 from edgeflow.training.models import load_parts
+from edgeflow.training.pair_shards import read_shard
 from edgeflow.training.pairs import Pairs
 from edgeflow.training.sampling import seeded_noise
 
@@ -87,20 +88,19 @@ def test_pairs_are_the_teachers_pictures_of_seeded_noise(runs: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     config = json.loads((runs / "pairs" / "config.json").read_text())
-    captions = json.loads((runs / "pairs" / "captions.json").read_text())
-    shard = load_file(sorted((runs / "pairs").glob("*.safetensors"))[1])
-    assert shard["seed"].tolist() == list(range(16, 32))
+    shard = read_shard(sorted((runs / "pairs").glob("*.tar"))[1])
+    assert shard.seed.tolist() == list(range(16, 32)) and len(set(shard.caption)) == 12
     pipeline = StableDiffusionPipeline.from_pretrained(runs / "teacher" / "checkpoint", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     for i in (0, 7):
         drawn = pipeline(
-            captions[shard["caption"][i]],
+            shard.caption[i],
             num_inference_steps=config["steps"],
             guidance_scale=config["guidance"],
-            latents=seeded_noise(shard["seed"][i : i + 1], (8, 8, 8)),
+            latents=seeded_noise(torch.from_numpy(shard.seed[i : i + 1]), (8, 8, 8)),
             output_type="latent",
         ).images
-        torch.testing.assert_close(shard["latent"][i].float(), drawn[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(torch.from_numpy(shard.latent[i]).float(), drawn[0], rtol=2e-3, atol=2e-3)
 
 
 def test_the_one_step_model_draws_its_own_one_step(runs: Path) -> None:
@@ -201,7 +201,7 @@ def test_bad_requests_are_one_sentence(
         (
             *("train", "reflow", "--preset", "tiny", "--from", str(runs / "teacher")),
             *("--pairs", str(data), "-o", out),
-        ): (1, "expected captions.json and pairs-*.safetensors"),
+        ): (1, "expected pairs.json and shards pairs-*.tar"),
     }
     for arguments, (code, words) in cases.items():
         assert main(list(arguments)) == code, arguments

@@ -21,12 +21,12 @@ LOOP = LoopConfig(steps=5, batch_size=4, learning_rate=1e-3)
 
 def pairs() -> Pairs:
     noise, latent = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Pairs(noise, latent, torch.arange(6) % 2, ["a cat", "a dog"])
+    return Pairs(noise, latent, torch.arange(6) % 2, ["a cat", "a dog"], torch.arange(6))
 
 
 def test_times_are_of_the_density_that_is_named() -> None:
     torch.manual_seed(0)
-    uniform, ushaped = (flow.draw_times(kind, 20000, CPU) for kind in ("uniform", "u-shaped"))
+    uniform, ushaped = (flow.times(kind, *torch.rand(2, 20000)) for kind in ("uniform", "u-shaped"))
     cells = torch.linspace(0, 1, 6)
     torch.testing.assert_close(
         torch.histogram(uniform, cells).hist / 20000, torch.full((5,), 0.2), atol=0.01, rtol=0
