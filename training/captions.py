@@ -36,7 +36,7 @@ class Captions:
     held_out: int
 
     def mixed(self, composed_times: int = 1) -> list[str]:
-        """All of them, a composed one so many times, in the order of a hash: the first N are a fair sample."""
+        """All of them, a composed one so many times, in an order in which the first N are a fair sample."""
         lines = self.train + self.composed * composed_times + self.recombined
         keys = [hashlib.sha256(f"{i} {line}".encode()).digest() for i, line in enumerate(lines)]
         return [line for _, line in sorted(zip(keys, lines, strict=True))]
