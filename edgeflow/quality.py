@@ -4,8 +4,8 @@ The JSON (``QualityReport.as_dict``), schema 1, holds nothing of the machine or 
 
     {"schema": 1, "kind": "quality",
      "data": {"name", "split", "prompts", "train_pictures", "picture_size"},
-     "settings": {"seed", "kid_subsets", "kid_subset_size", "neighbours", "candidates", "floor_draws",
-                  "agreement_steps", "features": [name…]},
+     "settings": {"seed", "per_prompt", "kid_subsets", "kid_subset_size", "neighbours", "candidates",
+                  "floor_draws", "agreement_steps", "features": [name…]},
      "versions": {package: version}, "notes": [sentence…],
      "floor": {figure: value…},
      "rows": [{"model", "checkpoint", "kind", "steps", "guidance", "num_images", "teacher",
@@ -101,6 +101,7 @@ class Settings:
     """What a figure depends on besides the pictures."""
 
     seed: int = 0
+    per_prompt: int = 1  # pictures a caption
     kid_subsets: int = 100
     kid_subset_size: int = 100
     neighbours: int = 3
@@ -217,13 +218,15 @@ def summary(report: QualityReport) -> list[str]:
     d, s = report.data, report.settings
     num_images = max((r.num_images for r in report.rows), default=0)
     n = d.prompts
+    k, drawn = s.per_prompt, n * s.per_prompt
+    train_floor = f"floor: the {n} real pictures" if k == 1 else f"floor: {drawn} of them against the others"
     return [
-        f"{num_images} pictures a model, one for each of {n} captions of split {d.split!r} of {d.name}; "
-        f"picture i from seed {s.seed} + i",
-        f"KID, FD, precision, recall: against these captions' {n} real pictures; floor: {n} random training "
-        f"pictures in the place of the drawn ones, mean of {s.floor_draws} draws",
-        f"KID train, FD train: against {d.train_pictures} training pictures; floor: the {n} real pictures",
-        f"KID is unbiased, ± is the deviation over {s.kid_subsets} subsets of {min(s.kid_subset_size, n)}; "
+        f"{num_images} pictures a model, {'one' if k == 1 else k} for each of {n} captions of split "
+        f"{d.split!r} of {d.name}; picture i from seed {s.seed} + i",
+        f"KID, FD, precision, recall: against these captions' {n} real pictures; floor: {drawn} random "
+        f"training pictures in the place of the drawn ones, mean of {s.floor_draws} draws",
+        f"KID train, FD train: against {d.train_pictures} training pictures; {train_floor}",
+        f"KID is unbiased, ± is the deviation over {s.kid_subsets} subsets of {s.kid_subset_size}; "
         "FD is biased by the count: compare at equal counts, with the floor",
         f"precision, recall: {s.neighbours} neighbours; R@1: among {min(s.candidates, n)} captions, "
         "floor: the captions' own real pictures",

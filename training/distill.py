@@ -27,6 +27,7 @@ from edgeflow.training.losses import NORMS, PerceptualDistance, check_choice, la
 from edgeflow.training.models import Parts, load_parts
 from edgeflow.training.pair_source import PairFolder, pair_source
 from edgeflow.training.pairs import Pairs
+from edgeflow.training.student import begin_student
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,25 @@ class DistillConfig:
     latent_weight: float = 1.0
     perceptual_weight: float = 0.0
     keep_nearest: float = 1.0
-    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
     loss: str = "huber"  # of the latents; or "l2"
+    student: str = "same"  # or "small": a UNet of half the parameters or less (student.py)
+    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, NORMS)
 
 
 class DistillObjective:
-    """Trains a one-step UNet, starting from the weights of ``teacher``, a flow or a one-step model.
+    """Trains a one-step UNet, starting from ``source``'s weights.
 
-    ``flow_source`` is the checkpoint that online targets are integrated from; ``teacher`` if not given.
-    Raises UsageError for one that the settings have no use for, or whose other parts are not the teacher's.
+    ``flow_source`` is the checkpoint that online targets are integrated from; ``source`` itself if not given.
+    Raises UsageError for one that the settings have no use for, or whose other parts are not the source's.
     """
 
     def __init__(
         self,
         config: DistillConfig,
-        teacher: Path | Parts,
+        source: Path | Parts,
         pairs: Pairs | PairFolder,
         device: torch.device,
         flow_source: Path | None = None,
@@ -61,13 +63,14 @@ class DistillObjective:
         if flow_source is not None and not config.target_steps:
             raise UsageError("train distill: --flow: expected target_steps of 1 or more, got 0")
         self.config, self.device = config, device
-        self.parts = teacher if isinstance(teacher, Parts) else load_parts(teacher)
+        self.parts = source if isinstance(source, Parts) else load_parts(source)
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         self.flow = None
         if config.target_steps:
             frozen = _flow_unet(flow_source, self.parts) if flow_source else copy.deepcopy(unet)
             self.flow = frozen.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        unet, self.student = begin_student(config.student, self.parts, unet)
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
         self.draw = Draw(config.loop.batch_size, device)
@@ -117,6 +120,8 @@ class DistillObjective:
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}
+        if self.student is not None:
+            facts["student"] = self.student.facts()
         save_flow(self.parts, self.averaged["unet"], folder, facts)
 
     def draw_sheet(self, path: Path) -> None:
@@ -131,6 +136,6 @@ def _flow_unet(source: Path, parts: Parts) -> nn.Module:
     other = load_parts(source)
     for name in ("vae", "text_encoder"):
         mine, theirs = (getattr(p, name).state_dict() for p in (parts, other))
-        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k].cpu(), theirs[k]) for k in mine):
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k]) for k in mine):
             raise UsageError(f"train distill: --flow {source}: expected the {name} of --from, got another")
     return other.unet

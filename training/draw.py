@@ -27,6 +27,7 @@ class Draw:
         self.batch_size, self.device = batch_size, device
         self.count = 0  # examples that :meth:`index` chooses from
         self.chosen: Tensor | None = None  # int64 (batch_size,): the whole batch of the step
+        self.only: Tensor | None = None  # int64 (size,): what :meth:`index` gives first instead, if set
         self._rank, self._pieces, self._size = 0, 1, batch_size
         self._piece, self._cursor = 0, 0
         self._drawn: list[Tensor] = []
@@ -58,6 +59,9 @@ class Draw:
     def index(self, count: int) -> Tensor:
         """int64 (size,): examples of ``count``, with replacement."""
         self.count = max(self.count, count)
+        if self.only is not None and self.chosen is None:
+            self.chosen = self.only
+            return self.only
         whole = self._whole(lambda: torch.randint(count, (self.batch_size,), device=self.device))
         if self.chosen is None:
             self.chosen = whole

@@ -39,6 +39,7 @@ class Request:
     teacher: Drawer | None = None
     split: str = "test"
     num_prompts: int | None = None
+    per_prompt: int = 1  # pictures a caption, each from a seed of its own
     seed: int = 0
     inception: Path | None = None
     clip: Path | None = None
@@ -47,7 +48,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Measured:
-    """The report, and the pictures it is about: uint8 (N, 3, S, S), row i drawn from prompt i."""
+    """The report, and the pictures it is about: uint8 (N, 3, S, S), row i drawn from prompt i.
+
+    With several pictures a caption the captions come round again, each time with the next seeds.
+    """
 
     report: QualityReport
     prompts: list[str]
@@ -100,8 +104,10 @@ def measure(request: Request, progress: Progress) -> Measured:
     clip = Clip(request.clip) if request.clip else None
     lite = EfficientNetLite2()
     real, notes = _load(request, size)
-    seeds = [request.seed + i for i in range(len(real.captions))]
-    settings = Settings(seed=request.seed, features=(lite.name, *(n.name for n in optional)))
+    rounds = request.per_prompt
+    captions, own = real.captions * rounds, real.own.repeat(rounds, 1, 1, 1)
+    seeds = [request.seed + i for i in range(len(captions))]
+    settings = _settings(request, real, (lite.name, *(n.name for n in optional)))
 
     judge = _Judge(lite, real, settings, progress)
     spaces = [judge.space, *(_view(net, real, progress) for net in optional)]
@@ -113,9 +119,7 @@ def measure(request: Request, progress: Progress) -> Measured:
 
     device = torch.device(request.device)
     everyone = [*request.drawers, *([request.teacher] if request.teacher else [])]
-    drawn = [
-        d.draw(real.captions, seeds, device, progress(f"drawing {d.name}", len(seeds))) for d in everyone
-    ]
+    drawn = [d.draw(captions, seeds, device, progress(f"drawing {d.name}", len(seeds))) for d in everyone]
     taught = drawn.pop() if request.teacher else None
     rows = []
     for drawer, pictures in zip(request.drawers, drawn, strict=True):
@@ -123,13 +127,26 @@ def measure(request: Request, progress: Progress) -> Measured:
         for space in spaces[1:]:
             figures |= _suffixed(_set_figures(space, real, space.net(pictures), settings), space, spaces)
         if clip:
-            figures["clip_score"] = float(clip.score(pictures, real.captions).mean())
+            figures["clip_score"] = float(clip.score(pictures, captions).mean())
         if taught is not None:
             figures |= teacher_gap(pictures, taught, lite)
         rows.append(_row(drawer, request.teacher, figures, worst, len(pictures)))
     data = Data(request.data.name, request.split, len(real.captions), len(real.reference), size)
     report = QualityReport(data, settings, floor, tuple(rows), _versions(), tuple(notes))
-    return Measured(report, real.captions, seeds, real.own, drawn, taught)
+    return Measured(report, captions, seeds, own, drawn, taught)
+
+
+def _settings(request: Request, real: _Real, features: tuple[str, ...]) -> Settings:
+    """A KID subset is at most half of the smaller set, so that subsets differ and have a deviation."""
+    usual = Settings()
+    half = max(2, len(real.captions) // 2)
+    return replace(
+        usual,
+        seed=request.seed,
+        per_prompt=request.per_prompt,
+        kid_subset_size=min(usual.kid_subset_size, half),
+        features=features,
+    )
 
 
 def _common_size(request: Request) -> int:
@@ -164,10 +181,11 @@ def _load(request: Request, size: int) -> tuple[_Real, list[str]]:
         own_in_train=own_in_train,
     )
     needed = Settings().neighbours + 1
-    if len(real.captions) < needed or len(real.reference) < max(needed, len(real.captions)):
+    pictures = len(real.captions) * request.per_prompt
+    if len(real.captions) < needed or len(real.reference) < pictures + needed * (request.per_prompt > 1):
         raise DataError(
             f"quality: {request.data}: expected at least {needed} prompts and as many other training "
-            f"pictures as prompts, got {len(real.captions)} and {len(real.reference)}"
+            f"pictures as are drawn, got {len(real.captions)} and {len(real.reference)} for {pictures}"
         )
     return real, notes
 
@@ -177,19 +195,6 @@ def _choose(split: Loaded, num_prompts: int | None, seed: int) -> np.ndarray:
     if num_prompts is None or num_prompts >= len(split):
         return np.arange(len(split))
     return np.sort(np.random.default_rng(seed).choice(len(split), num_prompts, replace=False))
-
-
-def _taught(
-    request: Request, captions: list[str], seeds: list[int], drawn: list[Tensor], progress: Progress
-) -> Tensor | None:
-    """The teacher's pictures; where it is among the models too, the ones it has drawn already."""
-    if request.teacher is None:
-        return None
-    for drawer, pictures in zip(request.drawers, drawn, strict=True):
-        if (drawer.model.root, drawer.steps) == (request.teacher.model.root, request.teacher.steps):
-            return pictures
-    done = progress(f"drawing {request.teacher.name}", len(seeds))
-    return request.teacher.draw(captions, seeds, torch.device(request.device), done)
 
 
 class _Judge:
@@ -226,9 +231,11 @@ class _Judge:
     def figures(self, pictures: Tensor, seeds: Sequence[int]) -> tuple[dict[str, float], tuple[Worst, ...]]:
         both = torch.cat(self._net.layers(pictures), 1)
         nearest = distances.nearest_distance(both[:, : self._width], self.space.train)
-        agreement = (self._agreement.pictures(both[:, self._width :]) * self._texts).sum(1)
+        count = len(self._texts)
+        texts = self._texts.repeat(len(both) // count, 1)
+        agreement = (self._agreement.pictures(both[:, self._width :]) * texts).sum(1)
         worst = tuple(
-            Worst(self._real.captions[i], seeds[i], round(float(agreement[i]), 4))
+            Worst(self._real.captions[i % count], seeds[i], round(float(agreement[i]), 4))
             for i in agreement.argsort()[:_NUM_WORST].tolist()
         )
         figures = {
@@ -240,10 +247,13 @@ class _Judge:
         return figures | _set_figures(self.space, self._real, fake, self._settings), worst
 
     def _r_at_1(self, both: Tensor) -> float:
-        pictures = self._agreement.pictures(both[:, self._width :])
-        return distances.retrieval_r_at_1(
-            pictures, self._texts, candidates=self._settings.candidates, seed=self._settings.seed
-        )
+        """The mean over rounds of one picture a caption: a caption stands once among the candidates."""
+        rounds = self._agreement.pictures(both[:, self._width :]).split(len(self._texts))
+        s = self._settings
+        found = [
+            distances.retrieval_r_at_1(p, self._texts, candidates=s.candidates, seed=s.seed) for p in rounds
+        ]
+        return float(np.mean(found))
 
     def _copies(self, nearest: Tensor) -> float:
         """Share nearer to a training picture than 99 % of the prompts' real pictures are."""
@@ -266,7 +276,7 @@ def _in_batches(net: Callable[[Tensor], Tensor], pictures: Tensor, done: Callabl
 
 def _set_figures(space: _Space, real: _Real, fake: Tensor, settings: Settings) -> dict[str, float]:
     """Distances of a set of features to the prompts' own real pictures and to the training pictures."""
-    return _against_own(space, fake, settings) | _against_train(space, real, fake, settings)
+    return _against_own(space, fake, settings) | _against_train(space.train[real.reference], fake, settings)
 
 
 def _against_own(space: _Space, fake: Tensor, s: Settings) -> dict[str, float]:
@@ -281,8 +291,7 @@ def _against_own(space: _Space, fake: Tensor, s: Settings) -> dict[str, float]:
     }
 
 
-def _against_train(space: _Space, real: _Real, fake: Tensor, s: Settings) -> dict[str, float]:
-    train = space.train[real.reference]
+def _against_train(train: Tensor, fake: Tensor, s: Settings) -> dict[str, float]:
     value = distances.kid(train, fake, subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed)
     return {
         "kid_train": value.mean,
@@ -292,16 +301,26 @@ def _against_train(space: _Space, real: _Real, fake: Tensor, s: Settings) -> dic
 
 
 def _set_floor(space: _Space, real: _Real, settings: Settings) -> dict[str, float]:
-    """The same figures for real pictures: random training ones against the prompts' own, and these against
-    the training pictures."""
+    """The same figures for real pictures, as many of them as are drawn.
+
+    Against the prompts' own pictures: random training ones. Against the training pictures: the prompts' own,
+    and where several are drawn a caption, of which there are not as many real ones, random training
+    pictures against the rest of them.
+    """
     generator = torch.Generator("cpu").manual_seed(settings.seed)
+    count = len(space.own) * settings.per_prompt
     draws = []
     for i in range(settings.floor_draws):
-        order = torch.randperm(len(real.reference), generator=generator)[: len(space.own)]
-        fake = space.train[real.reference[order]]
-        draws.append(_against_own(space, fake, replace(settings, seed=settings.seed + i)))
+        order = torch.randperm(len(real.reference), generator=generator)
+        fake, rest = space.train[real.reference[order[:count]]], space.train[real.reference[order[count:]]]
+        s = replace(settings, seed=settings.seed + i)
+        draws.append(_against_own(space, fake, s))
+        if settings.per_prompt > 1:
+            draws[-1] |= _against_train(rest, fake, s)
     mean = {name: float(np.mean([d[name] for d in draws])) for name in draws[0]}
-    return mean | _against_train(space, real, space.own, settings)
+    if settings.per_prompt > 1:
+        return mean
+    return mean | _against_train(space.train[real.reference], space.own, settings)
 
 
 def _suffixed(figures: Mapping[str, float], space: _Space, spaces: Sequence[_Space]) -> dict[str, float]:

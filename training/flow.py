@@ -7,6 +7,8 @@ the network's timestep is the float 1000·(1−τ). Shapes: x (N, C, h, w), τ (
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,19 +37,46 @@ def euler(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
     return x
 
 
-def straightness(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
-    """S = ∫ ‖(z₁ − z₀) − v(z_τ, τ)‖² dτ along the flow's own Euler path, per sample (N,).
+@dataclass(frozen=True)
+class Path:
+    """A sampler's path in the flow's own coordinates: points z_τ (N, C, h, w) at times τ from 0 to 1."""
 
-    InstaFlow (arXiv 2309.06380), section 2: a mean over steps, a sum over the latent's
-    elements; 0 where every path is a straight line.
-    """
-    x, velocities = noise, []
+    tau: tuple[float, ...]
+    points: tuple[Tensor, ...]
+
+    @property
+    def transport(self) -> Tensor:
+        """‖z₁ − z₀‖² per sample (N,), summed over the latent's elements: how far noise is carried."""
+        return (self.points[-1] - self.points[0]).square().flatten(1).sum(1)
+
+    @property
+    def straightness(self) -> Tensor:
+        """S = ∫ ‖(z₁ − z₀) − v(z_τ, τ)‖² dτ per sample (N,); 0 where the path is a straight line.
+
+        InstaFlow (arXiv 2309.06380), section 2. The velocity of a segment is what the sampler took, (z_b −
+        z_a)/(τ_b − τ_a), which for Euler steps is the network's own v(z_a, τ_a); segments count by
+        their length in τ, elements are summed.
+        """
+        chord = self.points[-1] - self.points[0]
+        total = torch.zeros(len(chord), device=chord.device, dtype=chord.dtype)
+        for i, (a, b) in enumerate(pairwise(self.tau)):
+            velocity = (self.points[i + 1] - self.points[i]) / (b - a)
+            total += (b - a) * (chord - velocity).square().flatten(1).sum(1)
+        return total
+
+
+def euler_path(velocity: Velocity, noise: Tensor, num_steps: int) -> Path:
+    """The path of ``euler``, all its points kept."""
+    points = [noise]
     for i in range(num_steps):
-        tau = torch.full((len(x),), i / num_steps, device=x.device)
-        velocities.append(velocity(x, timestep(tau)))
-        x = x + velocities[-1] / num_steps
-    chord = x - noise
-    return torch.stack([(chord - v).square().flatten(1).sum(1) for v in velocities]).mean(0)
+        tau = torch.full((len(noise),), i / num_steps, device=noise.device)
+        points.append(points[-1] + velocity(points[-1], timestep(tau)) / num_steps)
+    return Path(tuple(i / num_steps for i in range(num_steps + 1)), tuple(points))
+
+
+def straightness(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
+    """S per sample (N,) along the flow's own Euler path (see ``Path.straightness``)."""
+    return euler_path(velocity, noise, num_steps).straightness
 
 
 def u_shaped(uniform: Tensor, mirror: Tensor, a: float = 4.0) -> Tensor:
@@ -60,10 +89,10 @@ def u_shaped(uniform: Tensor, mirror: Tensor, a: float = 4.0) -> Tensor:
     return torch.where(mirror < 0.5, t, 1.0 - t)
 
 
-#: What :func:`times` knows.
-TIMES = ("u-shaped", "uniform")
-
-
-def times(kind: str, uniform: Tensor, mirror: Tensor) -> Tensor:
-    """Times τ (N,) of the density that ``kind`` names on [0, 1], from two U(0, 1) of shape (N,)."""
+def times_of(kind: str, uniform: Tensor, mirror: Tensor) -> Tensor:
+    """Times τ (N,), ``u-shaped`` or ``uniform`` on [0, 1], of two U(0, 1) draws of shape (N,)."""
     return u_shaped(uniform, mirror) if kind == "u-shaped" else uniform
+
+
+#: What :func:`times_of` knows.
+TIMES = ("u-shaped", "uniform")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -223,10 +224,10 @@ def own(bench: Bench, kind: str, batch_size: int, *, cuda_graph: bool = False) -
         weights = (0.0, 1.0) if "perceptual" in kind else (1.0, 0.0)
         config = DistillConfig(loop, latent_weight=weights[0], perceptual_weight=weights[1])
         objective = DistillObjective(config, parts, bench.pairs, bench.device)
-    step = Step(objective, loop, Processes.current(bench.device))
+    step, number = Step(objective, loop, Processes.current(bench.device)), itertools.count(1)
     with attention(bench.plan.attention):
         row = measure(
-            lambda: step.run(step.count + 1, RATE, 0.999),
+            lambda: step.run(next(number), RATE, 0.999),
             batch_size,
             _warm(bench.plan, cuda_graph),
             bench.device,

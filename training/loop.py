@@ -33,11 +33,10 @@ from edgeflow.cli.options import show_progress
 from edgeflow.errors import OutputExistsError, TrainingError
 from edgeflow.staging import staged_file, staged_folder
 from edgeflow.training.config import LoopConfig
+from edgeflow.training.diagnosis import check_finite
 from edgeflow.training.parallel import Processes
-from edgeflow.training.state import METRICS, STATE, Log, last_step, load_state, save_state
+from edgeflow.training.state import METRICS, STATE, Log, load_state, save_state
 from edgeflow.training.step import Step
-
-_KEYS_NAMED = 8  # of a bad batch, in the message that stops the run
 
 
 class Objective(Protocol):
@@ -49,8 +48,9 @@ class Objective(Protocol):
       can be split neither over processes nor over ``accumulate``.
     - ``batch_keys(index) -> list[str]``: names of the examples ``index`` (int64, on the CPU).
     - ``prepare(done)``: called on the host before each step, outside a captured graph; what it does may
-      depend on the number of steps done and nothing else, or a resumed run is another run.
-    - ``adamw``: a module's own AdamW options by its name: ``rate`` (times the learning rate), ``betas``.
+      depend on the number of steps done and nothing else, or a resumed run is another run. The number goes
+      back once: to describe a step that was not finite.
+    - ``adamw``: AdamW's options by module where they are not the loop's, ``rate`` a factor of its rate.
     """
 
     trained: nn.ModuleDict  # gradients are clipped for each of its modules alone
@@ -130,24 +130,6 @@ def start_run(out: Path, config: dict[str, Any], *, resume: bool) -> None:
             shutil.rmtree(out / folder, ignore_errors=True)
     with staged_file(out / "config.json") as file:
         file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-
-
-def check_finite(step: Step, objective: Objective, out: Path) -> None:
-    """Raises TrainingError if a step was not finite; weights are still those before it."""
-    found = step.first_bad()
-    if found is None:
-        return
-    number, names, index = found
-    batch = ""
-    if index is not None and hasattr(objective, "batch_keys"):
-        keys = list(dict.fromkeys(objective.batch_keys(index)))
-        more = f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
-        batch = f", on the batch of {', '.join(keys[:_KEYS_NAMED])}{more}"
-    kept = last_step(out)
-    state = "no state was kept" if kept is None else f"the last good state is {out / STATE}, of step {kept}"
-    raise TrainingError(
-        f"training: {out.name}: {', '.join(names)} not finite at step {number}{batch}; {state}"
-    )
 
 
 def _rate_factor(done: int, used: float, config: LoopConfig) -> float:

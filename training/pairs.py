@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from edgeflow.training.pair_shards import (
     write_shard,
 )
 from edgeflow.training.ranks import Ranks
-from edgeflow.training.sampling import decode, sample_teacher, seeded_noise
+from edgeflow.training.sampling import decode, sample_flow, sample_teacher, seeded_noise
 from edgeflow.training.sheet import draw_sheet
 from edgeflow.training.text_states import GIB, encode, states_bytes
 
@@ -102,7 +103,8 @@ class Pairs:
 
 
 class PairDrawer:
-    """A teacher and the captions it draws, on the device."""
+    """A teacher and the captions it draws, on the device. A diffusion model draws by DPM-Solver++ on its own
+    scheduler's noise levels, a rectified flow by Euler's method."""
 
     def __init__(self, config: PairsConfig, teacher: Path, captions: Sequence[str], device: torch.device):
         if config.weights not in WEIGHTS:
@@ -110,7 +112,9 @@ class PairDrawer:
         self.config, self.captions, self.device = config, captions, device
         checkpoint = Checkpoint.open(teacher)
         self.teacher = {"name": checkpoint.name, "hash": checkpoint.hash}
-        self.solver = scheduler_of(checkpoint)
+        self.sample: Callable[..., Tensor] = sample_flow
+        if checkpoint.kind == "diffusion":
+            self.sample = partial(sample_teacher, solver=scheduler_of(checkpoint))
         self.parts = load_parts(teacher)
         dtype = getattr(torch, config.weights)
         with quiet_libraries():
@@ -134,14 +138,13 @@ class PairDrawer:
         """float16 latents (N, C, h, w) of these pairs and float32 ‖x₁ − x₀‖² (N,), on the CPU."""
         noise = seeded_noise(numbers + self.config.seed, self.shape).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            x = sample_teacher(
+            x = self.sample(
                 self.unet,
                 self._text(numbers),
                 self.empty,
                 noise,
                 steps=self.config.steps,
                 guidance=self.config.guidance,
-                solver=self.solver,
             )
         latent = x.half()
         if not torch.isfinite(latent).all():
@@ -159,7 +162,7 @@ class PairDrawer:
 
     def draw_sheet(self, path: Path, latents: Tensor) -> None:
         labels = [self.caption(i) for i in range(len(latents))]
-        draw_sheet(path, decode(self.vae, latents.float().to(self.device), 8), labels, columns=8)
+        draw_sheet(path, decode(self.vae, latents.float().to(self.device)), labels, columns=8)
 
 
 def draw_pairs(config: PairsConfig, drawer: PairDrawer, out: Path, ranks: Ranks | None = None) -> int:

@@ -13,6 +13,8 @@ from edgeflow.training.config import LoopConfig
 from edgeflow.training.distill import DistillConfig
 from edgeflow.training.models import ModelShape
 from edgeflow.training.pairs import PairsConfig
+from edgeflow.training.presets_sd15 import SD15
+from edgeflow.training.qat_inputs import QatConfig
 from edgeflow.training.reflow import ReflowConfig
 from edgeflow.training.teacher import TeacherConfig
 
@@ -46,6 +48,7 @@ def _gpu(steps: int, batch_size: int, learning_rate: float, **more: Any) -> Loop
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    **SD15,
     "tiny": {
         "autoencoder": AutoencoderConfig(_tiny(10), TINY_SHAPE),
         "teacher": TeacherConfig(_tiny(10), TINY_SHAPE, sample_steps=5),
@@ -53,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reflow": ReflowConfig(_tiny(10), sample_steps=5),
         "distill": DistillConfig(_tiny(10), target_steps=2, perceptual_weight=0.1),
         "adversarial": AdversarialConfig(_tiny(10)),
+        "qat": QatConfig(_tiny(10)),
     },
     # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop's alone. The logs lie beside
     # the shipped weights in edgeflow/models/emoji/training.
@@ -72,6 +76,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             _gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.35), perceptual_weight=0.2
         ),
         "adversarial": AdversarialConfig(_gpu(20000, 256, 1e-4, decay_fraction=0.3, minutes=4.0)),
+        # of a given recipe's integers, from the one-step model: `edgeflow train qat --recipe w4g32`
+        "qat": QatConfig(
+            _gpu(10000, 256, 1e-4, decay_fraction=0.5, minutes=1.5, warmup_steps=50, weight_decay=0.0)
+        ),
     },
 }
-STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill", "adversarial")
+STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill", "adversarial", "qat")

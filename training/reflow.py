@@ -26,9 +26,9 @@ from edgeflow.training.pairs import Pairs
 
 #: What a diffusion network's output is multiplied with to be nearest to the velocity x₁ − x₀ at τ = 0, where
 #: its input is the noise: its ε is x₀ there, and its v = √ᾱ·ε − √(1−ᾱ)·x₁ (Salimans & Ho 2022, arXiv
-#: 2202.00512) is −x̂₁ but for √ᾱ = 0.07 of noise. The factor of least squares is −1 for ε and, as its picture
-#: is surer, −1.2 to −1 for v; no factor gives the part that is missing, x̂₁ or −x₀. See
-#: docs/stable-diffusion.md.
+#: 2202.00512) is −x̂₁ but for √ᾱ = 0.07 of noise. For Gaussian pictures the factor of least squares is −1.01
+#: to −1.05 for ε and −1.06 to −1.08 for v, the more so the surer (less sure) the caption makes the picture;
+#: no factor gives the part that is missing, x̂₁ or −x₀.
 FIRST_SIGN = {"epsilon": -1.0, "v_prediction": -1.0, "sample": 1.0}
 
 
@@ -37,9 +37,9 @@ class ReflowConfig:
     loop: LoopConfig
     keep_nearest: float = 0.9  # fraction of pairs kept, by distance
     sample_steps: int = 25
-    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
     times: str = "u-shaped"  # or "uniform"
     loss: str = "huber"  # or "l2"
+    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
 
     def __post_init__(self) -> None:
         check_choice("times", self.times, flow.TIMES)
@@ -78,7 +78,7 @@ class ReflowObjective:
     def loss(self) -> dict[str, Tensor]:
         index = self.draw.index(len(self.pairs.noise))
         noise, latent = self.pairs.noise[index], self.pairs.latent[index]
-        tau = flow.times(self.config.times, self.draw.uniform(), self.draw.uniform())
+        tau = flow.times_of(self.config.times, self.draw.uniform(), self.draw.uniform())
         x = flow.interpolate(noise, latent, tau).contiguous(memory_format=torch.channels_last)
         text = self.text[self.pairs.caption[index]]
         velocity = self.trained["unet"](x, flow.timestep(tau), text).sample

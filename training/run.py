@@ -11,6 +11,7 @@ import torch
 
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import TrainingError, UnknownNameError, UsageError
+from edgeflow.quantization.recipe import read_recipe
 from edgeflow.staging import staged_folder
 from edgeflow.training.adversarial import AdversarialObjective
 from edgeflow.training.autoencoder import AutoencoderObjective
@@ -23,6 +24,7 @@ from edgeflow.training.pair_source import open_pairs
 from edgeflow.training.pairs import PairDrawer, check_pairs, draw_pairs, read_prompts, start_pairs
 from edgeflow.training.parallel import Processes
 from edgeflow.training.presets import PRESETS, STAGES
+from edgeflow.training.qat_inputs import captions_of_pairs
 from edgeflow.training.ranks import Ranks
 from edgeflow.training.reflow import ReflowObjective
 from edgeflow.training.teacher import TeacherObjective
@@ -32,10 +34,11 @@ from edgeflow.training.vocabulary import train_vocabulary
 _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "autoencoder": (True, (), False),
     "teacher": (True, ("autoencoder", "diffusion"), False),
-    "pairs": (False, ("diffusion",), False),  # and --data or --prompts
+    "pairs": (False, ("diffusion", "rectified-flow"), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
     "adversarial": (False, ("one-step", "rectified-flow"), True),
+    "qat": (False, ("one-step",), False),
 }
 
 
@@ -49,14 +52,15 @@ class Request:
     data: Path | None = None
     source: Path | None = None  # a run folder or a checkpoint
     pairs: Path | None = None
+    prompts: Path | None = None  # pairs, qat: captions, one a line, in place of a data set's
     flow: Path | None = None  # distill: what draws the online targets, where it is not the source
-    prompts: Path | None = None  # one caption a line, in place of a data set's
     toml: Path | None = None
     overrides: tuple[str, ...] = ()
     flags: dict[str, Any] | None = None
     device: str = "auto"
     force: bool = False
     resume: bool = False
+    recipe: str | None = None  # of qat: a shipped recipe's name or a file
 
 
 def run_stage(request: Request) -> Path:
@@ -68,6 +72,10 @@ def run_stage(request: Request) -> Path:
         raise UnknownNameError("stage", request.stage, STAGES)
     if request.preset not in PRESETS:
         raise UnknownNameError("preset", request.preset, PRESETS)
+    if request.stage not in PRESETS[request.preset]:
+        raise UnknownNameError(
+            f"stage of the preset {request.preset}", request.stage, PRESETS[request.preset]
+        )
     processes = Processes.join(pick_device(request.device))
     device = processes.device
     if not processes.main:
@@ -117,6 +125,8 @@ def _check_needs(request: Request) -> None:
         missing.append(f"--from RUN (a checkpoint of kind {' or '.join(kinds)})")
     if needs_pairs and request.pairs is None:
         missing.append("--pairs DIR")
+    if request.stage == "qat":
+        missing += _qat_misses(request)
     if missing:
         raise UsageError(f"train {request.stage}: needs {', '.join(missing)}")
     if kinds:
@@ -178,16 +188,41 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         return TeacherObjective(
             config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus, device), device
         )
+    if request.stage == "qat":
+        from edgeflow.training.qat import QatObjective  # torchao, which no other stage needs
+
+        assert request.recipe is not None
+        recipe, captions = read_recipe(request.recipe), _qat_captions(request, source)
+        return QatObjective(config, Checkpoint.open(source), recipe, captions, device)
     assert request.pairs is not None
-    pairs = open_pairs(request.pairs, source, device, config.pairs_gib)
+    drawn = open_pairs(request.pairs, source, device, config.pairs_gib)
     if request.stage == "adversarial":
         size = int(Checkpoint.open(source).generation.picture_size)
         real = Corpus.load(request.data, "train", size, device) if request.data else None
-        return AdversarialObjective(config, source, pairs, real, device)
+        return AdversarialObjective(config, source, drawn, real, device)
     if request.stage == "distill":
         flow = checkpoint_of(request.flow) if request.flow else None
-        return DistillObjective(config, source, pairs, device, flow)
-    return ReflowObjective(config, source, pairs, device)
+        return DistillObjective(config, source, drawn, device, flow)
+    return ReflowObjective(config, source, drawn, device)
+
+
+def _qat_misses(request: Request) -> list[str]:
+    captions = (request.prompts, request.pairs, request.data)
+    missing = ["--recipe NAME|FILE"] if request.recipe is None else []
+    if not any(captions):
+        missing.append("captions: --pairs DIR, --prompts FILE or --data DIR")
+    return missing
+
+
+def _qat_captions(request: Request, source: Path) -> list[str]:
+    """The distinct captions of the first given of --prompts, --pairs and --data."""
+    if request.prompts is not None:
+        return sorted(set(read_prompts(request.prompts)))
+    if request.pairs is not None:
+        return captions_of_pairs(request.pairs)
+    assert request.data is not None
+    size = int(Checkpoint.open(source).facts["picture_size"])
+    return sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
 
 
 def _vocabulary(request: Request, config: Any, corpus: Corpus, device: torch.device) -> Path:

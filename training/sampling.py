@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from edgeflow.training import flow
 from edgeflow.training.models import dpm_solver
 
 
@@ -25,31 +28,58 @@ def sample_teacher(
     steps: int,
     guidance: float,
     solver: DPMSolverMultistepScheduler | None = None,
+    watch: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
     """Latents float32 (N, C, h, w) drawn from ``noise`` by a UNet that predicts what ``solver`` says (ε, or v
     of Salimans & Ho 2022); without one, ε on Stable Diffusion's schedule.
 
     ``text`` (N, L, D) and ``empty`` (1, L, D) are text-encoder states; ε = ε(∅) + w·(ε(text) − ε(∅)), and
     with w ≤ 1 the text alone, as diffusers has it. The UNet computes in its own type, the solver in float32.
+    ``watch`` is told of every point of the path: σ/α of the schedule there, and the latents.
     """
     solver = solver or dpm_solver()
     solver.set_timesteps(steps, device=noise.device)
     guided = guidance > 1
     states = (torch.cat([empty.expand_as(text), text]) if guided else text).to(unet.dtype)
     x = noise * solver.init_noise_sigma
-    for t in solver.timesteps:
+    sigmas = solver.sigmas.tolist()  # σ/α at every timestep, and where the last one leads
+    for i, t in enumerate(solver.timesteps):
+        if watch is not None:
+            watch(sigmas[i], x)
         z = (torch.cat([x, x]) if guided else x).to(unet.dtype, memory_format=torch.channels_last)
         predicted = unet(z, t, states).sample.float()
         if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + guidance * (conditional - unconditional)
         x = solver.step(predicted, t, x).prev_sample
+    if watch is not None:
+        watch(sigmas[-1], x)
     return x
 
 
 @torch.no_grad()
+def sample_flow(
+    unet: UNet2DConditionModel, text: Tensor, empty: Tensor, noise: Tensor, *, steps: int, guidance: float
+) -> Tensor:
+    """As ``sample_teacher``, by a UNet that predicts the velocity: Euler's method with v guided alike."""
+    guided = guidance > 1
+    states = (torch.cat([empty.expand_as(text), text]) if guided else text).to(unet.dtype)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        z, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
+        v = unet(z.to(unet.dtype, memory_format=torch.channels_last), t, states).sample.float()
+        if not guided:
+            return v
+        unconditional, conditional = v.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    return flow.euler(velocity, noise, steps)
+
+
+@torch.no_grad()
 def decode(vae: AutoencoderTiny, latents: Tensor, batch_size: int = 64) -> Tensor:
-    """uint8 pictures (N, 3, S, S) of UNet-scale latents, on the CPU."""
+    """uint8 pictures (N, 3, S, S) of UNet-scale latents, on the CPU; large pictures a few at a time."""
+    batch_size = min(batch_size, max(1, 16384 // latents[0, 0].numel()))
     pictures = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(batch_size)]
     return to_uint8(torch.cat(pictures))
 

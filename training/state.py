@@ -44,7 +44,7 @@ def load_state(out: Path, objective: Objective, step: Step) -> int:
         objective.averaged.load_state_dict(state["averaged"])
         if "optimizer" in state:  # weights alone are a fresh start of the optimizer
             step.optimizer.load_state_dict(state["optimizer"])
-            for group, (_, rate) in zip(step.optimizer.param_groups, step.rates, strict=True):
+            for group, rate in zip(step.optimizer.param_groups, step.rates, strict=True):
                 group["lr"] = rate
     except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

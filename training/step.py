@@ -36,13 +36,14 @@ class Step:
         _share_draw(self.draw, config, processes)
         if config.checkpointing:
             _checkpoint_activations(objective.trained)
-        self.params = [p for p in objective.trained.parameters() if p.requires_grad]
         self.modules = {
             name: [p for p in module.parameters() if p.requires_grad]
             for name, module in objective.trained.items()
         }
+        self.params = [p for params in self.modules.values() for p in params]
         self.average, self.buffers = _averaged(objective)
-        self.rates: list[tuple[float, Tensor]] = []  # factor of the learning rate, and the group's rate
+        self.rates: list[Tensor] = []
+        self.factors: list[float] = []  # of the learning rate, by parameter group
         self.decay = torch.tensor(0.0, device=device)
         self.number = torch.tensor(0, device=device)
         self.bad = torch.tensor(0, device=device)
@@ -64,20 +65,19 @@ class Step:
         self._eager_left = _EAGER_STEPS
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups: one for each module with options of its own, one for the rest."""
-        special = getattr(self.objective, "adamw", {})
-        rest = [p for name, params in self.modules.items() if name not in special for p in params]
-        groups: list[dict[str, Any]] = [{"params": rest}]
-        groups += [{"params": self.modules[name], **options} for name, options in special.items()]
-        for group in groups:
-            group["lr"] = torch.tensor(self.config.learning_rate, device=self.device)
-            self.rates.append((group.pop("rate", 1.0), group["lr"]))
+        """A parameter group for each module, with the options that the objective names for it."""
+        groups: list[dict[str, Any]] = []
+        for name, params in self.modules.items():
+            options = dict(getattr(self.objective, "adamw", {}).get(name, {}))
+            self.factors.append(float(options.pop("rate", 1.0)))
+            self.rates.append(torch.tensor(self.config.learning_rate, device=self.device))
+            groups.append({"params": params, "lr": self.rates[-1], **options})
         return groups
 
     def run(self, number: int, rate: float, decay: float) -> None:
         """Take the step of this number (from 1) at this learning rate and decay of the average."""
         self.number.fill_(number)
-        for factor, tensor in self.rates:
+        for tensor, factor in zip(self.rates, self.factors, strict=True):
             tensor.fill_(rate * factor)
         self.decay.fill_(decay)
         self.count += 1
@@ -95,6 +95,10 @@ class Step:
                 self._capture()
             assert self._graph is not None
             self._graph.replay()
+
+    def autocast(self) -> torch.autocast:
+        """The precision that losses are computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False)
 
     def close(self) -> None:
         """Let go of the CUDA graph; its all-reduces must not outlive the process group."""
@@ -132,9 +136,7 @@ class Step:
         for piece in range(pieces):
             if self.draw is not None:
                 self.draw.begin(piece)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False
-            ):
+            with self.autocast():
                 losses = self.objective.loss()
             (losses["loss"] / pieces if pieces > 1 else losses["loss"]).backward()
             row = torch.stack([v.detach().float() for v in losses.values()])

@@ -86,13 +86,16 @@ def cli() -> None:
     """Take a text-to-image model down to one step and onto people's own devices."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code. Never raises for what a user can cause."""
+def main(argv: Sequence[str] | None = None, program: click.Command = cli, name: str = "edgeflow") -> int:
+    """Run the command line and return its exit code. Never raises for what a user can cause.
+
+    ``program`` is another command that is to answer as edgeflow does, under its own name.
+    """
     options.reset_verbosity()
     try:
         with _terminate_cleanly():
-            result = cli.main(
-                args=None if argv is None else list(argv), prog_name="edgeflow", standalone_mode=False
+            result = program.main(
+                args=None if argv is None else list(argv), prog_name=name, standalone_mode=False
             )
         sys.stdout.flush()
         return result if type(result) is int else 0

@@ -54,6 +54,14 @@ _PATH = click.Path(path_type=Path)
     help="How many captions, drawn by the seed.  [default: all]",
 )
 @click.option(
+    "--per-prompt",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Pictures a caption, each from a seed of its own.",
+)
+@click.option(
     "--inception",
     type=_PATH,
     metavar="FILE",
@@ -80,6 +88,7 @@ def command(
     nfe_curve: bool,
     split: str,
     num_prompts: int | None,
+    per_prompt: int,
     inception: Path | None,
     clip: Path | None,
     device: str,
@@ -119,6 +128,7 @@ def command(
         teacher=open_drawers([teacher])[0] if teacher else None,
         split=split,
         num_prompts=num_prompts,
+        per_prompt=per_prompt,
         seed=seed,
         inception=inception,
         clip=clip,

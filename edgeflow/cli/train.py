@@ -30,7 +30,12 @@ _FOLDER = click.Path(path_type=Path)
     ),
 )
 @click.argument("stage", metavar="STAGE")
-@click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
+@click.option(
+    "--preset",
+    default="emoji",
+    show_default=True,
+    help="Preset to start from: tiny, emoji, sd15 or sd15-second.",
+)
 @click.option(
     "--data",
     type=_FOLDER,
@@ -47,11 +52,12 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill, adversarial).")
 @click.option(
-    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs)."
-)
-@click.option(
     "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
 )
+@click.option(
+    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs, qat)."
+)
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe whose integers are trained (qat).")
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
 @click.option(
@@ -78,6 +84,7 @@ def command(as_json: bool, **options: Any) -> None:
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
     adversarial  --pairs --from DISTILL    sharper: against a discriminator (with --data, on real pictures)
+    qat          --recipe --pairs --from DISTILL   the same pictures from a recipe's integers
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
     and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.

@@ -187,7 +187,7 @@ def test_bad_requests_are_one_sentence(
         ("train", "teacher", "-o", out): (2, "needs --data DIR, --from RUN"),
         ("train", "reflow", "--preset", "huge", "-o", out): (
             2,
-            "preset 'huge' is not known; known: emoji, tiny",
+            "preset 'huge' is not known; known: emoji, sd15",
         ),
         ("train", "pairs", "--data", here, "--from", str(runs / "distill"), "-o", out): (
             2,
@@ -197,6 +197,10 @@ def test_bad_requests_are_one_sentence(
         ("train", "autoencoder", "--data", str(data), "--device", "cpu", "-o", out): (
             2,
             "expected a CUDA device",
+        ),
+        ("train", "pairs", "--preset", "tiny", "--teacher", str(runs / "teacher"), "-o", out): (
+            2,
+            "expected one of --data DIR and --prompts FILE",
         ),
         (
             *("train", "reflow", "--preset", "tiny", "--from", str(runs / "teacher")),

@@ -26,7 +26,7 @@ def pairs() -> Pairs:
 
 def test_times_are_of_the_density_that_is_named() -> None:
     torch.manual_seed(0)
-    uniform, ushaped = (flow.times(kind, *torch.rand(2, 20000)) for kind in ("uniform", "u-shaped"))
+    uniform, ushaped = (flow.times_of(kind, *torch.rand(2, 20000)) for kind in ("uniform", "u-shaped"))
     cells = torch.linspace(0, 1, 6)
     torch.testing.assert_close(
         torch.histogram(uniform, cells).hist / 20000, torch.full((5,), 0.2), atol=0.01, rtol=0
