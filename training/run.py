@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
-from edgeflow.training.models import load_autoencoder
+from edgeflow.training.models import Parts, load_autoencoder, load_parts
 from edgeflow.training.pair_source import open_pairs
 from edgeflow.training.pairs import PairDrawer, check_pairs, draw_pairs, read_prompts, start_pairs
 from edgeflow.training.parallel import Processes
@@ -185,9 +186,10 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
     if request.stage == "teacher":
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
-        return TeacherObjective(
-            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus, device), device
-        )
+        begun = load_parts(source) if Checkpoint.open(source).kind == "diffusion" else None
+        vae = load_autoencoder(source) if begun is None else begun.vae
+        vocabulary = _vocabulary(request, config, corpus, device, begun)
+        return TeacherObjective(config, corpus, vae, vocabulary, device, begun)
     if request.stage == "qat":
         from edgeflow.training.qat import QatObjective  # torchao, which no other stage needs
 
@@ -225,11 +227,16 @@ def _qat_captions(request: Request, source: Path) -> list[str]:
     return sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
 
 
-def _vocabulary(request: Request, config: Any, corpus: Corpus, device: torch.device) -> Path:
-    """The run's own vocabulary, learnt once from the training captions."""
+def _vocabulary(
+    request: Request, config: Any, corpus: Corpus, device: torch.device, begun: Parts | None
+) -> Path:
+    """The run's own vocabulary: that of the teacher it goes on from, or learnt from the training captions."""
     folder, processes = request.out / "tokenizer", Processes.current(device)
     if processes.main and not (request.resume and folder.is_dir()):
         with staged_folder(folder, force=True) as staged:
-            train_vocabulary(corpus.captions, config.shape.vocabulary, staged, config.shape.max_tokens)
+            if begun is not None:
+                shutil.copytree(begun.tokenizer_dir, staged, dirs_exist_ok=True)
+            else:
+                train_vocabulary(corpus.captions, config.shape.vocabulary, staged, config.shape.max_tokens)
     processes.barrier()
     return folder

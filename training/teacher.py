@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from edgeflow.errors import ConfigError
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.corpus import Corpus, encode_captions, encode_pictures
 from edgeflow.training.draw import Draw
@@ -41,7 +42,10 @@ class TeacherConfig:
 
 
 class TeacherObjective:
-    """Trains UNet and text encoder on the latents of a corpus."""
+    """Trains UNet and text encoder on the latents of a corpus; from ``begun``'s weights, or from noise.
+
+    Raises ConfigError where ``begun`` is of another shape.
+    """
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class TeacherObjective:
         vae: AutoencoderTiny,
         tokenizer_dir: Path,
         device: torch.device,
+        begun: Parts | None = None,
     ):
         self.config, self.device = config, device
         self.vae, self.tokenizer_dir, self.captions = vae.to(device), tokenizer_dir, corpus.captions
@@ -66,6 +71,8 @@ class TeacherObjective:
                 "text_encoder": build_text_encoder(config.shape, num_tokens).to(device),
             }
         )
+        if begun is not None:
+            _go_on(self.trained, begun)
         self.averaged = averaged_copy(self.trained)
         self.draw = Draw(config.loop.batch_size, device)
         if config.loop.compile:
@@ -123,3 +130,15 @@ class TeacherObjective:
                 guidance=self.config.guidance,
             )
         draw_sheet(path, decode(self.vae, latents), captions, columns=8)
+
+
+def _go_on(trained: nn.ModuleDict, begun: Parts) -> None:
+    """Load a teacher's weights to train on."""
+    try:
+        trained["unet"].load_state_dict(begun.unet.state_dict())
+        trained["text_encoder"].load_state_dict(begun.text_encoder.state_dict())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(
+            f"train teacher: --from: expected a teacher of the preset's shape, got another: {reason}"
+        ) from error
