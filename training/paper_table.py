@@ -62,7 +62,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--minutes",
     type=click.FloatRange(0),
-    default=1.4,
+    default=1.3,
     show_default=True,
     metavar="M",
     help="Of reflow and of distillation, each; direct distillation gets 2·M; 0: the preset's steps alone.",
