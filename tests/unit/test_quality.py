@@ -395,6 +395,7 @@ def inception_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+@pytest.mark.slow  # two minutes: Inception v3 over 80 pictures, and the eigenvalues of a 2048 × 2048 matrix
 def test_inception_is_torch_fidelitys_and_the_figures_torchmetrics(
     inception_weights: Path, data: Path, tiny_checkpoint: Path
 ) -> None:
