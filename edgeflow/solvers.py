@@ -34,6 +34,19 @@ def euler(predict: Predict, noise: Any, steps: int) -> Any:
 
 def dpm_solver(checkpoint: Checkpoint, predict: Predict, noise: Any, steps: int) -> Any:
     """DPM-Solver++(2M) on the checkpoint's own noise levels (Lu et al. 2022, arXiv 2211.01095)."""
+    solver = scheduler_of(checkpoint)
+    solver.set_timesteps(steps)
+    latent = noise * solver.init_noise_sigma
+    for t in solver.timesteps:
+        latent = solver.step(predict(solver.scale_model_input(latent, t), t), t, latent).prev_sample
+    return latent
+
+
+def scheduler_of(checkpoint: Checkpoint) -> Any:
+    """diffusers' DPM-Solver++(2M) on the checkpoint's own noise levels and prediction type.
+
+    Raises CheckpointError for a diffusion model without one, or of a prediction type that is not known.
+    """
     from diffusers import DPMSolverMultistepScheduler
 
     config = read_json(checkpoint.root / "scheduler" / "scheduler_config.json")
@@ -43,9 +56,4 @@ def dpm_solver(checkpoint: Checkpoint, predict: Predict, noise: Any, steps: int)
             f"checkpoint: {checkpoint.root / 'scheduler'}: prediction_type {kind!r} is not known; "
             "known: epsilon, sample, v_prediction"
         )
-    solver = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
-    solver.set_timesteps(steps)
-    latent = noise * solver.init_noise_sigma
-    for t in solver.timesteps:
-        latent = solver.step(predict(solver.scale_model_input(latent, t), t), t, latent).prev_sample
-    return latent
+    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")

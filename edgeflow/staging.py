@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from edgeflow.errors import EdgeflowError, OutputExistsError
 
@@ -32,6 +33,26 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
         _replace(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[IO[Any]]:
+    """A binary file that takes the place of ``path`` once it is complete and on the disk.
+
+    A process that is killed meanwhile leaves ``path`` as it was, and perhaps a file ``.partial`` beside it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    with contextlib.suppress(OSError):  # a folder cannot be synced everywhere
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _replace(stage: Path, out: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import Corpus, encode_pictures, random_index
+from edgeflow.training.corpus import Corpus, encode_pictures
+from edgeflow.training.draw import Draw
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import PerceptualDistance, latent_moments
 from edgeflow.training.models import ModelShape, build_autoencoder, save_autoencoder
@@ -28,6 +29,7 @@ class AutoencoderConfig:
     shape: ModelShape
     perceptual_weight: float = 0.1
     moments_weight: float = 1e-3
+    moments_group: int = 0  # pictures whose latents are held to mean 0, variance 1 together; 0: see _moments
     latent_noise: float = 0.2  # largest σ of the noise put on the latent; each sample draws its own below it
 
 
@@ -40,6 +42,7 @@ class AutoencoderObjective:
         vae = build_autoencoder(config.shape).to(device, memory_format=torch.channels_last)
         self.trained = nn.ModuleDict({"vae": vae})
         self.averaged = averaged_copy(self.trained)
+        self.draw = Draw(config.loop.batch_size, device)
         self.perceptual = PerceptualDistance().to(device, memory_format=torch.channels_last)
         if config.loop.compile:
             vae.encoder.compile()
@@ -48,18 +51,28 @@ class AutoencoderObjective:
 
     def loss(self) -> dict[str, Tensor]:
         vae = self.trained["vae"]
-        index = random_index(len(self.corpus.images), self.config.loop.batch_size, self.device)
-        x = self.corpus.pictures(index)
-        mirrored = torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5  # captions play no part here
+        x = self.corpus.pictures(self.draw.index(len(self.corpus.images)))
+        mirrored = self.draw.uniform(1, 1, 1) < 0.5  # captions play no part here
         x = torch.where(mirrored, x.flip(3), x).contiguous(memory_format=torch.channels_last)
         z = vae.encode(x).latents
-        sigma = self.config.latent_noise * torch.rand(len(x), 1, 1, 1, device=self.device)
-        y = vae.decode(z + sigma * torch.randn_like(z)).sample
+        sigma = self.config.latent_noise * self.draw.uniform(1, 1, 1)
+        noise = self.draw.normal(*z.shape[1:]).contiguous(memory_format=torch.channels_last)
+        y = vae.decode(z + sigma * noise).sample
         l1 = (y.float() - x).abs().mean()
         perceptual = self.perceptual(y, x)
-        moments = latent_moments(z)
+        moments = self._moments(z)
         loss = l1 + self.config.perceptual_weight * perceptual + self.config.moments_weight * moments
         return {"loss": loss, "l1": l1, "perceptual": perceptual, "moments": moments}
+
+    def _moments(self, z: Tensor) -> Tensor:
+        """The one term that is no mean over pictures: it depends on which are taken together. By default that
+        is all this process has in hand; a ``moments_group`` that divides it makes the loss the same however
+        the batch is split over processes and micro-batches."""
+        group = self.config.moments_group or len(z)
+        return torch.stack([latent_moments(part) for part in z.split(group)]).mean()
+
+    def batch_keys(self, index: Tensor) -> list[str]:
+        return self.corpus.names(index)
 
     def save(self, folder: Path) -> None:
         """The checkpoint; its scaling factor makes the training latents' standard deviation 1."""

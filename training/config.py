@@ -22,7 +22,7 @@ class LoopConfig:
     """What every training loop needs."""
 
     steps: int
-    batch_size: int
+    batch_size: int  # of all processes together
     learning_rate: float
     minutes: float = 0.0  # stop after this much wall time even if steps remain; 0: no limit
     warmup_steps: int = 200
@@ -35,7 +35,23 @@ class LoopConfig:
     cuda_graph: bool = False  # capture the whole step; CUDA only
     seed: int = 0
     log_every: int = 50
-    save_minutes: float = 5.0
+    save_minutes: float = 5.0  # between states kept for --resume; 0: only the last
+    save_steps: int = 0  # also every so many steps; 0: by minutes alone
+    accumulate: int = 1  # micro-batches whose gradients make one step
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    tensorboard: bool = False  # also log for TensorBoard
+    sheet_steps: int = 0  # draw a sample sheet every so many steps, and
+    sheet_minutes: float = 0.0  # every so many minutes; 0: only at the end
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "log_every": 1, "accumulate": 1}
+        wrong = [
+            f"loop.{k}: expected {n} or more, got {v}"
+            for k, n in least.items()
+            if (v := getattr(self, k)) < n
+        ]
+        if wrong:
+            raise ConfigError("config: " + "; ".join(wrong))
 
 
 def resolve(preset: C, toml: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]) -> C:

@@ -26,6 +26,7 @@ class Corpus:
 
     images: Tensor
     captions: list[str]
+    keys: list[str]  # each picture's name in its data set
 
     @classmethod
     def load(cls, data: Path, split: str, size: int, device: torch.device) -> Corpus:
@@ -34,11 +35,15 @@ class Corpus:
         if loaded.problems:
             listed = "; ".join(map(str, loaded.problems))
             _LOG.warning(f"{len(loaded.problems)} pictures of {data} ({split}) cannot be used: {listed}")
-        return cls(torch.from_numpy(loaded.images).to(device), loaded.captions)
+        return cls(torch.from_numpy(loaded.images).to(device), loaded.captions, loaded.keys)
 
     def pictures(self, index: Tensor) -> Tensor:
         """Float pictures in [-1, 1] of shape (len(index), 3, S, S)."""
         return self.images[index].float() / 127.5 - 1.0
+
+    def names(self, index: Tensor) -> list[str]:
+        """Keys and captions of the pictures ``index``, for messages."""
+        return [f"{self.keys[i]} ({self.captions[i]})" for i in index.tolist()]
 
 
 def random_index(count: int, size: int, device: torch.device) -> Tensor:

@@ -92,3 +92,12 @@ def u_shaped(uniform: Tensor, mirror: Tensor, a: float = 4.0) -> Tensor:
     """
     t = torch.log1p(uniform * (torch.exp(torch.tensor(a)).item() - 1.0)) / a
     return torch.where(mirror < 0.5, t, 1.0 - t)
+
+
+def times_of(kind: str, uniform: Tensor, mirror: Tensor) -> Tensor:
+    """Times τ (N,), ``u-shaped`` or ``uniform`` on [0, 1], of two U(0, 1) draws of shape (N,)."""
+    return u_shaped(uniform, mirror) if kind == "u-shaped" else uniform
+
+
+#: What :func:`times_of` knows.
+TIMES = ("u-shaped", "uniform")

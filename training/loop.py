@@ -7,39 +7,57 @@ A run folder holds::
     state.pt         raw and averaged weights, optimizer, random state, step: what --resume continues from
     checkpoint/      the averaged weights as a diffusers folder
     sheet.png        pictures drawn with them
+    sheets/          step-000123.png, drawn on the way where asked for
+    tensorboard/     the log again, where asked for
+
+Of many processes the first writes; all of them take every step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor, nn
 
 from edgeflow.cli.options import show_progress
 from edgeflow.errors import OutputExistsError, TrainingError
-from edgeflow.staging import staged_folder
+from edgeflow.staging import staged_file, staged_folder
 from edgeflow.training.config import LoopConfig
-
-_EAGER_STEPS = 3  # run before a CUDA graph is captured: allocations, compilation and cuDNN's choices settle
+from edgeflow.training.diagnosis import check_finite
+from edgeflow.training.parallel import Processes
+from edgeflow.training.state import METRICS, STATE, Log, load_state, save_state
+from edgeflow.training.step import Step
 
 
 class Objective(Protocol):
-    """One stage's subject: what is trained, the loss, and what is made of the result."""
+    """One stage's subject: what is trained, the loss, and what is made of the result.
 
-    trained: nn.ModuleDict
-    averaged: nn.ModuleDict  # same structure; the loop keeps it at the moving average of ``trained``
+    Optional, used where they are there:
+
+    - ``draw``: a :class:`~edgeflow.training.draw.Draw` that ``loss`` draws its batch with; without it a batch
+      can be split neither over processes nor over ``accumulate``.
+    - ``batch_keys(index) -> list[str]``: names of the examples ``index`` (int64, on the CPU).
+    - ``prepare(done)``: called on the host before each step, outside a captured graph; what it does may
+      depend on the number of steps done and nothing else, or a resumed run is another run. The number goes
+      back once: to describe a step that was not finite.
+    - ``adamw``: AdamW's options by module where they are not the loop's, ``rate`` a factor of its rate.
+    """
+
+    trained: nn.ModuleDict  # gradients are clipped for each of its modules alone
+    averaged: nn.ModuleDict  # some or all of ``trained``'s modules, kept at the moving average of them
 
     def loss(self) -> dict[str, Tensor]:
-        """Draw a batch with the default generator and return scalars; ``loss`` is what is minimised."""
+        """Draw a batch and return scalars, each a mean over the batch; ``loss`` is what is minimised."""
 
     def draw_sheet(self, path: Path) -> None:
         """Draw pictures with the averaged weights."""
@@ -53,132 +71,48 @@ def averaged_copy(trained: nn.ModuleDict) -> nn.ModuleDict:
     return copy.deepcopy(trained).eval().requires_grad_(False)
 
 
-class Step:
-    """One optimizer step: loss, backward, clip, AdamW, moving average; replayed as one CUDA graph if asked.
-
-    Everything stays on the device: the batch is drawn inside, losses are summed into ``sums`` and read only
-    when logged, so no step waits for the host.
-    """
-
-    def __init__(self, objective: Objective, config: LoopConfig, device: torch.device):
-        self.objective, self.config, self.device = objective, config, device
-        self.params = [p for p in objective.trained.parameters() if p.requires_grad]
-        self.average = list(objective.averaged.parameters())
-        self.rate = torch.tensor(config.learning_rate, device=device)
-        self.decay = torch.tensor(0.0, device=device)
-        self.optimizer = torch.optim.AdamW(
-            self.params,
-            lr=self.rate,
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.99),
-            fused=True,
-            capturable=config.cuda_graph,
-        )
-        self.names: list[str] = []
-        self.sums: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._eager_left = _EAGER_STEPS
-
-    def run(self, rate: float, decay: float) -> None:
-        """Take one step at this learning rate and decay of the average."""
-        self.rate.fill_(rate)
-        self.decay.fill_(decay)
-        if not self.config.cuda_graph:
-            self._step()
-        elif self._eager_left:
-            self._eager_left -= 1
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step()
-            torch.cuda.current_stream().wait_stream(side)
-        else:
-            if self._graph is None:
-                self._capture()
-            assert self._graph is not None
-            self._graph.replay()
-
-    def _capture(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)  # so that gradients live in the graph's own pool
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._step()
-
-    def _step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False):
-            losses = self.objective.loss()
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip_norm)
-        self.optimizer.step()
-        with torch.no_grad():
-            # average ← decay·average + (1 − decay)·weights
-            kept = torch._foreach_mul(self.average, self.decay)
-            new = torch._foreach_mul(list(self.objective.trained.parameters()), 1.0 - self.decay)
-            torch._foreach_copy_(self.average, torch._foreach_add(kept, new))
-            values = torch.stack([v.detach().float() for v in losses.values()] + [norm.float()])
-            if self.sums is None:
-                self.names = [*losses, "grad_norm"]
-                self.sums = torch.zeros_like(values)
-            self.sums.add_(values)
-
-    def take_means(self, count: int) -> dict[str, float]:
-        """Means over the ``count`` steps since the last call; waits for the device."""
-        assert self.sums is not None
-        means = (self.sums / count).tolist()
-        self.sums.zero_()
-        return dict(zip(self.names, means, strict=True))
-
-
 def train(objective: Objective, config: LoopConfig, out: Path, device: torch.device, resume: bool) -> None:
     """Drive ``objective`` to ``config.steps`` or ``config.minutes``, whichever comes first.
 
     The learning rate warms up, stays, and falls to zero over the last ``decay_fraction`` of the run. With
-    ``resume`` the run continues from ``state.pt``; with more steps than before it goes on training.
-    Raises TrainingError for a non-finite loss, naming the step and the last state kept.
+    ``resume`` the run continues from ``state.pt``, or from the start where none was kept yet; with more steps
+    than before it goes on training. A run bounded by steps alone is the same run however often it was cut;
+    under ``minutes`` the rate follows the clock. Raises TrainingError for a loss that is not finite, naming
+    the step, its batch and the last state kept.
     """
-    step = Step(objective, config, device)
-    done = _load_state(out, objective, step, device) if resume else 0
-    started = saved = logged = time.monotonic()
-    since_log = 0
-    with _progress() as bar, (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        task = bar.add_task(out.name, total=config.steps, completed=done, note="")
+    processes = Processes.current(device)
+    step = Step(objective, config, processes)
+    done = load_state(out, objective, step) if resume and (out / STATE).is_file() else 0
+    processes.share([*objective.trained.state_dict().values(), *objective.averaged.state_dict().values()])
+    processes.share_random_state()
+    prepare: Callable[[int], None] = getattr(objective, "prepare", lambda done: None)
+    clock, keeper = _Clock(processes, done), _Keeper(objective, config, out, step)
+    with contextlib.closing(step), _Teller(config, out, done, processes.main) as teller:
         while done < config.steps:
-            minutes = (time.monotonic() - started) / 60
-            used = max(done / config.steps, minutes / config.minutes if config.minutes else 0.0)
+            seconds = clock.seconds(done) if config.minutes else 0.0
+            used = max(done / config.steps, seconds / 60 / config.minutes if config.minutes else 0.0)
             if used >= 1.0:
                 break
+            prepare(done)
             rate = config.learning_rate * _rate_factor(done, used, config)
-            step.run(rate, _ema_decay(done, config))
-            done, since_log = done + 1, since_log + 1
+            step.run(done + 1, rate, _ema_decay(done, config))
+            done += 1
             if done % config.log_every == 0 or done == config.steps:
-                means = step.take_means(since_log)
-                now = time.monotonic()
-                speed = since_log * config.batch_size / (now - logged)
-                record = {"step": done, **means, "learning_rate": rate, "images_per_s": speed}
-                record["seconds"] = now - started
-                log.write(json.dumps({k: round(v, 6) for k, v in record.items()}) + "\n")
-                log.flush()
-                _check_finite(means, done, out)
-                bar.update(task, completed=done, note=f"loss {means['loss']:.4f}  {speed:,.0f}/s")
-                since_log, logged = 0, now
-                if now - saved > 60 * config.save_minutes:
-                    _save_state(out, objective, step, done)
-                    saved = time.monotonic()
-    if since_log:
-        _check_finite(step.take_means(since_log), done, out)
-    _save_state(out, objective, step, done)
-    objective.averaged.eval()
-    with staged_folder(out / "checkpoint", force=True) as folder:
-        objective.save(folder)
-    objective.draw_sheet(out / "sheet.png")
+                check_finite(step, objective, out)
+                teller.tell(done, step.take_means(), rate)
+            if config.minutes:
+                clock.agree(done, config.log_every)
+            keeper.after(done)
+        check_finite(step, objective, out)
+    keeper.finish(done)
+    processes.barrier()
 
 
 def check_run(out: Path, *, force: bool, resume: bool) -> None:
     """Whether ``out`` can be this run's folder, before any work. Raises OutputExistsError, or TrainingError
-    for a --resume without a state to continue from."""
-    if resume and not (out / "state.pt").is_file():
-        raise TrainingError(f"resume: {out}: expected a run with state.pt, found none")
+    for a --resume where no run was begun. A run that was killed before it kept a state begins anew."""
+    if resume and not ((out / STATE).is_file() or (out / "config.json").is_file()):
+        raise TrainingError(f"resume: {out}: expected a run with {STATE} or config.json, found neither")
     if not resume and out.exists() and (out.is_file() or any(out.iterdir())) and not force:
         raise OutputExistsError(out)
 
@@ -190,10 +124,12 @@ def start_run(out: Path, config: dict[str, Any], *, resume: bool) -> None:
     except OSError as error:
         raise TrainingError(f"output: {out}: expected a writable folder, got: {error.strerror}") from error
     if not resume:
-        for stale in ("state.pt", "metrics.jsonl", "sheet.png"):
+        for stale in (STATE, METRICS, "sheet.png"):
             (out / stale).unlink(missing_ok=True)
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for folder in ("checkpoint", "sheets", "tensorboard"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+    with staged_file(out / "config.json") as file:
+        file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _rate_factor(done: int, used: float, config: LoopConfig) -> float:
@@ -207,58 +143,120 @@ def _ema_decay(done: int, config: LoopConfig) -> float:
     return min(config.ema_decay, (1 + done) / (10 + done))
 
 
-def _check_finite(means: dict[str, float], done: int, out: Path) -> None:
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    if bad:
-        kept = (
-            f"the last good state is {out / 'state.pt'}"
-            if (out / "state.pt").is_file()
-            else "no state was kept"
+class _Clock:
+    """Seconds since the call began. Many processes go by the first one's clock: it is read at :meth:`agree`,
+    and between two readings every process adds the same time for each step."""
+
+    def __init__(self, processes: Processes, done: int):
+        self.processes, self.first = processes, done
+        self.began, self.read, self.at, self.pace = time.monotonic(), 0.0, done, 0.0
+
+    def seconds(self, done: int) -> float:
+        if self.processes.size == 1:
+            return time.monotonic() - self.began
+        return self.read + self.pace * (done - self.at)
+
+    def agree(self, done: int, every: int) -> None:
+        if self.processes.size == 1 or (done - self.first > 10 and done % every):
+            return
+        now = time.monotonic() - self.began
+        told = torch.tensor(
+            [now, (now - self.read) / (done - self.at)], dtype=torch.float64, device=self.processes.device
         )
-        raise TrainingError(f"training: {out.name}: {', '.join(bad)} not finite by step {done}; {kept}")
+        self.processes.share([told])
+        (self.read, self.pace), self.at = told.tolist(), done
 
 
-def _save_state(out: Path, objective: Objective, step: Step, done: int) -> None:
-    state: dict[str, Any] = {
-        "step": done,
-        "trained": objective.trained.state_dict(),
-        "averaged": objective.averaged.state_dict(),
-        "optimizer": step.optimizer.state_dict(),
-        "rng_cpu": torch.get_rng_state(),
-    }
-    if step.device.type == "cuda":
-        state["rng_cuda"] = torch.cuda.get_rng_state()
-    partial = out / "state.pt.partial"
-    torch.save(state, partial)
-    partial.replace(out / "state.pt")
+class _Keeper:
+    """Keeps states and draws sheets when they are due, in the first process alone."""
+
+    def __init__(self, objective: Objective, config: LoopConfig, out: Path, step: Step):
+        self.objective, self.config, self.out, self.step = objective, config, out, step
+        self.saved = self.drawn = time.monotonic()
+
+    def after(self, done: int) -> None:
+        """What is due after this step."""
+        if not self.step.processes.main or done == self.config.steps:
+            return
+        now, config = time.monotonic(), self.config
+        if _due(done, config.save_steps, now - self.saved, config.save_minutes):
+            check_finite(self.step, self.objective, self.out)
+            save_state(self.out, self.objective, self.step, done)
+            self.saved = time.monotonic()
+        if _due(done, config.sheet_steps, now - self.drawn, config.sheet_minutes):
+            (self.out / "sheets").mkdir(exist_ok=True)
+            self._draw(self.out / "sheets" / f"step-{done:06d}.png")
+            self.drawn = time.monotonic()
+
+    def finish(self, done: int) -> None:
+        """The last state, the checkpoint and the sheet."""
+        if not self.step.processes.main:
+            return
+        save_state(self.out, self.objective, self.step, done)
+        self.objective.averaged.eval()
+        with staged_folder(self.out / "checkpoint", force=True) as folder:
+            self.objective.save(folder)
+        self._draw(self.out / "sheet.png")
+
+    def _draw(self, path: Path) -> None:
+        """A sheet must leave the random state of the run alone."""
+        devices = [self.step.device] if self.step.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self.objective.draw_sheet(path)
 
 
-def _load_state(out: Path, objective: Objective, step: Step, device: torch.device) -> int:
-    try:
-        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
-        objective.trained.load_state_dict(state["trained"])
-        objective.averaged.load_state_dict(state["averaged"])
-        if "optimizer" in state:  # weights alone are a fresh start of the optimizer
-            step.optimizer.load_state_dict(state["optimizer"])
-            for group in step.optimizer.param_groups:
-                group["lr"] = step.rate
-    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"resume: {out / 'state.pt'}: does not fit this run: {reason}") from error
-    if "rng_cpu" in state:
-        torch.set_rng_state(state["rng_cpu"].cpu())
-    if device.type == "cuda" and "rng_cuda" in state:
-        torch.cuda.set_rng_state(state["rng_cuda"].cpu())
-    return int(state["step"])
+def _due(done: int, steps: int, seconds: float, minutes: float) -> bool:
+    return bool((steps and done % steps == 0) or (minutes and seconds > 60 * minutes))
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+class _Teller:
+    """The log and the progress bar, in the first process alone."""
+
+    def __init__(self, config: LoopConfig, out: Path, done: int, main: bool):
+        self.config, self.done = config, done
+        self.log = Log(out, done, tensorboard=config.tensorboard) if main else None
+        self.bar = _progress(main)
+        self.task: TaskID = self.bar.add_task(out.name, total=config.steps, completed=done, note="")
+        self.began = self.told = time.monotonic()
+
+    def __enter__(self) -> _Teller:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+        if self.log is not None:
+            self.log.__exit__(*exception)
+
+    def tell(self, done: int, means: dict[str, float], rate: float) -> None:
+        """Log the means of the steps since the last call, and show speed and time left."""
+        if self.log is None:
+            return
+        now = time.monotonic()
+        per_step = (now - self.told) / (done - self.done)
+        speed = self.config.batch_size / per_step
+        record = {"step": done, **means, "learning_rate": rate, "images_per_s": speed}
+        self.log.write({**record, "seconds": now - self.began})
+        left = (self.config.steps - done) * per_step
+        if self.config.minutes:
+            left = min(left, max(0.0, 60 * self.config.minutes - (now - self.began)))
+        note = f"loss {means['loss']:.4f}  {speed:,.0f}/s  {_span(left)} left"
+        self.bar.update(self.task, completed=done, note=note)
+        self.done, self.told = done, now
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _progress(main: bool) -> Progress:
     return Progress(
-        *columns,
-        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not show_progress(),
+        console=Console(stderr=True),
+        disable=not (main and show_progress()),
     )

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from edgeflow.checkpoint import FACTS, SCHEMA, Checkpoint
 from edgeflow.errors import CheckpointError
-from edgeflow.loading import quiet_libraries
+from edgeflow.loading import load_modules, quiet_libraries
 
 
 def dpm_solver() -> DPMSolverMultistepScheduler:
@@ -56,7 +55,7 @@ class ModelShape:
 class Parts:
     """A model in memory. ``tokenizer_dir`` is copied as it is when the checkpoint is saved."""
 
-    vae: AutoencoderTiny
+    vae: AutoencoderTiny | AutoencoderKL
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
     tokenizer_dir: Path
@@ -111,18 +110,13 @@ def build_text_encoder(shape: ModelShape, num_tokens: int) -> CLIPTextModel:
     )
 
 
-def load_parts(model: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
-    """Open a checkpoint and load every part in eval mode. Raises CheckpointError for a bad folder."""
+def load_parts(model: str | Path) -> Parts:
+    """Open a checkpoint; every part in float32 and eval mode. Raises CheckpointError for a bad folder."""
     checkpoint = _open_float(model)
-    root = checkpoint.root
-    with quiet_libraries():
-        return Parts(
-            vae=AutoencoderTiny.from_pretrained(root / "vae", torch_dtype=dtype),
-            unet=UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=dtype),
-            text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", dtype=dtype).eval(),
-            tokenizer_dir=root / "tokenizer",
-            facts=checkpoint.facts,
-        )
+    text_encoder, unet, vae = load_modules(checkpoint)
+    for part in (text_encoder, unet, vae):
+        part.requires_grad_(True)
+    return Parts(vae, unet, text_encoder, checkpoint.root / "tokenizer", checkpoint.facts)
 
 
 def _open_float(model: str | Path) -> Checkpoint:
@@ -154,7 +148,7 @@ def save_parts(parts: Parts, folder: Path, facts: dict[str, Any]) -> None:
     for file in sorted(parts.tokenizer_dir.iterdir()):
         (target / file.name).write_bytes(file.read_bytes())
     index = {
-        "vae": ["diffusers", "AutoencoderTiny"],
+        "vae": ["diffusers", type(parts.vae).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

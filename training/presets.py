@@ -1,17 +1,19 @@
 """Presets: one literal table per stage; ``emoji``'s measured results stand beside the lines.
 
-``tiny`` runs the five stages on a CPU within the tests. ``emoji`` runs them on one H100-class GPU.
+``tiny`` runs every stage on a CPU within the tests. ``emoji`` runs them on one H100-class GPU.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from edgeflow.training.adversarial import AdversarialConfig
 from edgeflow.training.autoencoder import AutoencoderConfig
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.distill import DistillConfig
 from edgeflow.training.models import ModelShape
 from edgeflow.training.pairs import PairsConfig
+from edgeflow.training.qat_inputs import QatConfig
 from edgeflow.training.reflow import ReflowConfig
 from edgeflow.training.teacher import TeacherConfig
 
@@ -51,6 +53,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pairs": PairsConfig(num_pairs=32, batch_size=16, shard_size=16, steps=5),
         "reflow": ReflowConfig(_tiny(10), sample_steps=5),
         "distill": DistillConfig(_tiny(10), target_steps=2, perceptual_weight=0.1),
+        "adversarial": AdversarialConfig(_tiny(10)),
+        "qat": QatConfig(_tiny(10)),
     },
     # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop's alone. The logs lie beside
     # the shipped weights in edgeflow/models/emoji/training.
@@ -69,6 +73,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "distill": DistillConfig(
             _gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.35), perceptual_weight=0.2
         ),
+        "adversarial": AdversarialConfig(_gpu(20000, 256, 1e-4, decay_fraction=0.3, minutes=4.0)),
+        # of a given recipe's integers, from the one-step model: `edgeflow train qat --recipe w4g32`
+        "qat": QatConfig(
+            _gpu(10000, 256, 1e-4, decay_fraction=0.5, minutes=1.5, warmup_steps=50, weight_decay=0.0)
+        ),
     },
 }
-STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill")
+STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill", "adversarial", "qat")

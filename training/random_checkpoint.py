@@ -179,7 +179,7 @@ def build_random_checkpoint(
     with quiet_libraries(), staged_folder(out, force=force) as stage, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part, config in configs(family, width).items():
-            model = _build(part, config)
+            model = build_part(part, config)
             if check:
                 lines += _ranges(part, model, config)
             _save(model, stage / part, files, max_shard_size)
@@ -208,8 +208,8 @@ def _index(kind: str) -> dict[str, Any]:
     }
 
 
-def _build(part: str, config: dict[str, Any]) -> Any:
-    """The part with scaled random weights, in eval mode."""
+def build_part(part: str, config: dict[str, Any], device: str | torch.device = "cpu") -> Any:
+    """The part (unet, vae or text_encoder) of ``configs`` with scaled random weights, in eval mode."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -219,15 +219,15 @@ def _build(part: str, config: dict[str, Any]) -> Any:
         else:
             cls = getattr(diffusers, config["_class_name"])
             model = cls(**{k: v for k, v in config.items() if not k.startswith("_")})
-    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
     _initialise(model)
     with torch.no_grad():
         if part == "unet":
-            model.conv_out.weight *= VELOCITY_STD / model(**_probe(part, config)).sample.std()
+            probe = {name: tensor.to(device) for name, tensor in _probe(part, config).items()}
+            model.conv_out.weight *= VELOCITY_STD / model(**probe).sample.std()
         elif part == "vae":
-            model.decoder.conv_out.weight *= (
-                PICTURE_STD / model.decode(_probe(part, config)["z"]).sample.std()
-            )
+            picture = model.decode(_probe(part, config)["z"].to(device)).sample
+            model.decoder.conv_out.weight *= PICTURE_STD / picture.std()
     return model
 
 

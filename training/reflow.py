@@ -1,8 +1,8 @@
 """Reflow: learn the velocity of straight lines between each pair's noise and latent.
 
 min_v E ‖(x₁ − x₀) − v(x_τ, τ | text)‖² over the teacher's pairs (InstaFlow, arXiv 2309.06380, section 2),
-with a pseudo-Huber norm and U-shaped times (Lee et al. 2024, arXiv 2405.20320). The text encoder stays as
-the teacher's, so its states are computed once.
+with a pseudo-Huber norm and U-shaped times (Lee et al. 2024, arXiv 2405.20320); ``loss`` "l2" and ``times``
+"uniform" are the paper's own. The text encoder stays as the teacher's, so its states are computed once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import caption_states, random_index
+from edgeflow.training.corpus import caption_states
+from edgeflow.training.draw import Draw
 from edgeflow.training.flow_model import draw_flow_sheet, save_flow
 from edgeflow.training.loop import averaged_copy
-from edgeflow.training.losses import pseudo_huber
-from edgeflow.training.models import load_parts
+from edgeflow.training.losses import NORMS, check_choice, latent_distance
+from edgeflow.training.models import Parts, load_parts
 from edgeflow.training.pairs import Pairs
 
 
@@ -29,14 +30,20 @@ class ReflowConfig:
     loop: LoopConfig
     keep_nearest: float = 0.9  # fraction of pairs kept, by distance
     sample_steps: int = 25
+    times: str = "u-shaped"  # or "uniform"
+    loss: str = "huber"  # or "l2"
+
+    def __post_init__(self) -> None:
+        check_choice("times", self.times, flow.TIMES)
+        check_choice("loss", self.loss, NORMS)
 
 
 class ReflowObjective:
     """Trains the UNet to the velocity of straight lines, starting from the teacher's weights."""
 
-    def __init__(self, config: ReflowConfig, teacher: Path, pairs: Pairs, device: torch.device):
+    def __init__(self, config: ReflowConfig, teacher: Path | Parts, pairs: Pairs, device: torch.device):
         self.config, self.device = config, device
-        self.parts = load_parts(teacher)
+        self.parts = teacher if isinstance(teacher, Parts) else load_parts(teacher)
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         if self.parts.facts["kind"] == "diffusion":
@@ -46,22 +53,24 @@ class ReflowObjective:
                 unet.conv_out.bias.neg_()
         self.trained = nn.ModuleDict({"unet": unet})
         self.averaged = averaged_copy(self.trained)
+        self.draw = Draw(config.loop.batch_size, device)
         self.pairs = pairs.nearest(config.keep_nearest)
         self.text = caption_states(self.parts, pairs.captions, device)
         if config.loop.compile:
             unet.compile()
 
     def loss(self) -> dict[str, Tensor]:
-        batch = self.config.loop.batch_size
-        index = random_index(len(self.pairs.noise), batch, self.device)
+        index = self.draw.index(len(self.pairs.noise))
         noise, latent = self.pairs.noise[index], self.pairs.latent[index]
-        uniform, mirror = torch.rand(2, batch, device=self.device)
-        tau = flow.u_shaped(uniform, mirror)
+        tau = flow.times_of(self.config.times, self.draw.uniform(), self.draw.uniform())
         x = flow.interpolate(noise, latent, tau).contiguous(memory_format=torch.channels_last)
         text = self.text[self.pairs.caption[index]]
         velocity = self.trained["unet"](x, flow.timestep(tau), text).sample
-        loss = pseudo_huber(velocity, latent - noise)
+        loss = latent_distance(self.config.loss, velocity, latent - noise)
         return {"loss": loss, "mse": (velocity.float() - (latent - noise)).square().mean()}
+
+    def batch_keys(self, index: Tensor) -> list[str]:
+        return self.pairs.names(index)
 
     def save(self, folder: Path) -> None:
         facts = {

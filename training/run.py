@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,20 @@ import torch
 
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import TrainingError, UnknownNameError, UsageError
+from edgeflow.quantization.recipe import read_recipe
+from edgeflow.staging import staged_folder
+from edgeflow.training.adversarial import AdversarialObjective
 from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
-from edgeflow.training.models import load_autoencoder
-from edgeflow.training.pairs import PairDrawer, Pairs, draw_pairs, start_pairs
+from edgeflow.training.models import Parts, load_autoencoder, load_parts
+from edgeflow.training.pairs import PairDrawer, Pairs, check_pairs, draw_pairs, read_prompts, start_pairs
+from edgeflow.training.parallel import Processes
 from edgeflow.training.presets import PRESETS, STAGES
+from edgeflow.training.qat_inputs import captions_of_pairs
+from edgeflow.training.ranks import Ranks
 from edgeflow.training.reflow import ReflowObjective
 from edgeflow.training.teacher import TeacherObjective
 from edgeflow.training.vocabulary import train_vocabulary
@@ -27,9 +34,11 @@ from edgeflow.training.vocabulary import train_vocabulary
 _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "autoencoder": (True, (), False),
     "teacher": (True, ("autoencoder", "diffusion"), False),
-    "pairs": (True, ("diffusion",), False),
+    "pairs": (False, ("diffusion",), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
+    "adversarial": (False, ("one-step",), True),
+    "qat": (False, ("one-step",), False),
 }
 
 
@@ -43,35 +52,48 @@ class Request:
     data: Path | None = None
     source: Path | None = None  # a run folder or a checkpoint
     pairs: Path | None = None
+    prompts: Path | None = None  # pairs, qat: captions, one a line, in place of a data set's
+    flow: Path | None = None  # distill: what draws the online targets, where it is not the source
     toml: Path | None = None
     overrides: tuple[str, ...] = ()
     flags: dict[str, Any] | None = None
     device: str = "auto"
     force: bool = False
     resume: bool = False
+    recipe: str | None = None  # of qat: a shipped recipe's name or a file
 
 
 def run_stage(request: Request) -> Path:
-    """Run the stage and return its run folder. Raises EdgeflowError for anything a user can mend."""
+    """Run the stage and return its run folder. Raises EdgeflowError for anything a user can mend.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this; the first one writes.
+    """
     if request.stage not in STAGES:
         raise UnknownNameError("stage", request.stage, STAGES)
     if request.preset not in PRESETS:
         raise UnknownNameError("preset", request.preset, PRESETS)
-    device = pick_device(request.device)
+    processes = Processes.join(pick_device(request.device))
+    device = processes.device
+    if not processes.main:
+        logging.getLogger("edgeflow").setLevel(logging.ERROR)
     prefix = "" if request.stage == "pairs" else "loop."
     flags = {prefix + k: v for k, v in (request.flags or {}).items() if v is not None}
     if "steps" in flags:  # pairs has no loop: its --steps is the number of pairs
         flags["num_pairs"] = flags.pop("steps")
     config = resolve(PRESETS[request.preset][request.stage], request.toml, request.overrides, flags)
     _check_needs(request)
+    _check_flow(request)
     _check_device(config, device)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     if request.stage == "pairs":
         return _run_pairs(request, config, device)
     check_run(request.out, force=request.force, resume=request.resume)
+    processes.barrier()  # everyone has looked at the folder before the first one writes into it
     objective = _objective(request, config, device)  # all inputs are read before anything is written
-    start_run(request.out, to_dict(config), resume=request.resume)
+    if processes.main:
+        start_run(request.out, to_dict(config), resume=request.resume)
+    processes.barrier()
     train(objective, config.loop, request.out, device, request.resume)
     return request.out
 
@@ -99,6 +121,8 @@ def _check_needs(request: Request) -> None:
         missing.append(f"--from RUN (a checkpoint of kind {' or '.join(kinds)})")
     if needs_pairs and request.pairs is None:
         missing.append("--pairs DIR")
+    if request.stage == "qat":
+        missing += _qat_misses(request)
     if missing:
         raise UsageError(f"train {request.stage}: needs {', '.join(missing)}")
     if kinds:
@@ -111,6 +135,16 @@ def _check_needs(request: Request) -> None:
             )
 
 
+def _check_flow(request: Request) -> None:
+    if request.flow is None:
+        return
+    if request.stage != "distill":
+        raise UsageError(f"train {request.stage}: --flow: expected the stage distill")
+    kind = Checkpoint.open(checkpoint_of(request.flow)).kind
+    if kind != "rectified-flow":
+        raise UsageError(f"train distill: --flow {request.flow}: expected a rectified-flow, got {kind}")
+
+
 def _check_device(config: Any, device: torch.device) -> None:
     loop = getattr(config, "loop", None)
     if loop is not None and loop.cuda_graph and device.type != "cuda":
@@ -118,14 +152,24 @@ def _check_device(config: Any, device: torch.device) -> None:
 
 
 def _run_pairs(request: Request, config: Any, device: torch.device) -> Path:
-    assert request.data is not None and request.source is not None
-    teacher = checkpoint_of(request.source)
-    size = int(Checkpoint.open(teacher).facts["picture_size"])
-    captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
-    start_pairs(request.out, config, captions, force=request.force, resume=request.resume)
-    if draw_pairs(config, PairDrawer(config, teacher, captions, device), request.out) == 0:
-        raise TrainingError(f"pairs: {request.out}: no pair was drawn within {config.minutes} minutes")
-    return request.out
+    assert request.source is not None
+    if (request.data is None) == (request.prompts is None):
+        raise UsageError("train pairs: expected one of --data DIR and --prompts FILE for the captions")
+    ranks, teacher, out = Ranks.from_environment(), checkpoint_of(request.source), request.out
+    if device.type == "cuda":
+        torch.cuda.set_device(ranks.local)
+    check_pairs(out, force=request.force, resume=request.resume, ranks=ranks)
+    if request.prompts is not None:
+        captions = read_prompts(request.prompts)
+    else:
+        assert request.data is not None
+        size = int(Checkpoint.open(teacher).generation.picture_size)
+        captions = sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
+    drawer = PairDrawer(config, teacher, captions, device)
+    start_pairs(out, config, drawer, force=request.force, resume=request.resume, ranks=ranks)
+    if draw_pairs(config, drawer, out, ranks) == 0 and ranks.world == 1:
+        raise TrainingError(f"pairs: {out}: no pair was drawn within {config.minutes} minutes")
+    return out
 
 
 def _objective(request: Request, config: Any, device: torch.device) -> Any:
@@ -139,18 +183,57 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
     if request.stage == "teacher":
         assert request.data is not None
         corpus = Corpus.load(request.data, "train", config.shape.picture_size, device)
-        return TeacherObjective(
-            config, corpus, load_autoencoder(source), _vocabulary(request, config, corpus), device
-        )
+        begun = load_parts(source) if Checkpoint.open(source).kind == "diffusion" else None
+        vae = load_autoencoder(source) if begun is None else begun.vae
+        vocabulary = _vocabulary(request, config, corpus, device, begun)
+        return TeacherObjective(config, corpus, vae, vocabulary, device, begun)
+    if request.stage == "qat":
+        from edgeflow.training.qat import QatObjective  # torchao, which no other stage needs
+
+        assert request.recipe is not None
+        recipe, captions = read_recipe(request.recipe), _qat_captions(request, source)
+        return QatObjective(config, Checkpoint.open(source), recipe, captions, device)
     assert request.pairs is not None
-    kind = ReflowObjective if request.stage == "reflow" else DistillObjective
-    return kind(config, source, Pairs.load(request.pairs, device), device)
+    pairs = Pairs.load(request.pairs, device)
+    if request.stage == "adversarial":
+        size = int(Checkpoint.open(source).facts["picture_size"])
+        real = Corpus.load(request.data, "train", size, device) if request.data else None
+        return AdversarialObjective(config, source, pairs, real, device)
+    if request.stage == "distill":
+        flow = checkpoint_of(request.flow) if request.flow else None
+        return DistillObjective(config, source, pairs, device, flow)
+    return ReflowObjective(config, source, pairs, device)
 
 
-def _vocabulary(request: Request, config: Any, corpus: Corpus) -> Path:
-    """The run's own vocabulary, learnt once from the training captions."""
-    folder = request.out / "tokenizer"
-    if not request.resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        train_vocabulary(corpus.captions, config.shape.vocabulary, folder, config.shape.max_tokens)
+def _qat_misses(request: Request) -> list[str]:
+    captions = (request.prompts, request.pairs, request.data)
+    missing = ["--recipe NAME|FILE"] if request.recipe is None else []
+    if not any(captions):
+        missing.append("captions: --pairs DIR, --prompts FILE or --data DIR")
+    return missing
+
+
+def _qat_captions(request: Request, source: Path) -> list[str]:
+    """The distinct captions of the first given of --prompts, --pairs and --data."""
+    if request.prompts is not None:
+        return sorted(set(read_prompts(request.prompts)))
+    if request.pairs is not None:
+        return captions_of_pairs(request.pairs)
+    assert request.data is not None
+    size = int(Checkpoint.open(source).facts["picture_size"])
+    return sorted(set(Corpus.load(request.data, "train", size, torch.device("cpu")).captions))
+
+
+def _vocabulary(
+    request: Request, config: Any, corpus: Corpus, device: torch.device, begun: Parts | None
+) -> Path:
+    """The run's own vocabulary: that of the teacher it goes on from, or learnt from the training captions."""
+    folder, processes = request.out / "tokenizer", Processes.current(device)
+    if processes.main and not (request.resume and folder.is_dir()):
+        with staged_folder(folder, force=True) as staged:
+            if begun is not None:
+                shutil.copytree(begun.tokenizer_dir, staged, dirs_exist_ok=True)
+            else:
+                train_vocabulary(corpus.captions, config.shape.vocabulary, staged, config.shape.max_tokens)
+    processes.barrier()
     return folder

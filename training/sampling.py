@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from edgeflow.training.models import dpm_solver
@@ -26,24 +26,31 @@ def sample_teacher(
     *,
     steps: int,
     guidance: float,
+    solver: DPMSolverMultistepScheduler | None = None,
     watch: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
-    """Latents (N, C, h, w) drawn from ``noise`` by an ε-predicting UNet.
+    """Latents float32 (N, C, h, w) drawn from ``noise`` by a UNet that predicts what ``solver`` says (ε, or v
+    of Salimans & Ho 2022); without one, ε on Stable Diffusion's schedule.
 
-    ``text`` (N, L, D) and ``empty`` (1, L, D) are text-encoder states; ε = ε(∅) + w·(ε(text) − ε(∅)).
+    ``text`` (N, L, D) and ``empty`` (1, L, D) are text-encoder states; ε = ε(∅) + w·(ε(text) − ε(∅)), and
+    with w ≤ 1 the text alone, as diffusers has it. The UNet computes in its own type, the solver in float32.
     ``watch`` is told of every point of the path: σ/α of the schedule there, and the latents.
     """
-    solver = dpm_solver()
+    solver = solver or dpm_solver()
     solver.set_timesteps(steps, device=noise.device)
-    both = torch.cat([empty.expand_as(text), text])
+    guided = guidance > 1
+    states = (torch.cat([empty.expand_as(text), text]) if guided else text).to(unet.dtype)
     x = noise * solver.init_noise_sigma
     sigmas = solver.sigmas.tolist()  # σ/α at every timestep, and where the last one leads
     for i, t in enumerate(solver.timesteps):
         if watch is not None:
             watch(sigmas[i], x)
-        unconditional, conditional = unet(torch.cat([x, x]), t, both).sample.float().chunk(2)
-        epsilon = unconditional + guidance * (conditional - unconditional)
-        x = solver.step(epsilon, t, x).prev_sample
+        z = (torch.cat([x, x]) if guided else x).to(unet.dtype, memory_format=torch.channels_last)
+        predicted = unet(z, t, states).sample.float()
+        if guided:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + guidance * (conditional - unconditional)
+        x = solver.step(predicted, t, x).prev_sample
     if watch is not None:
         watch(sigmas[-1], x)
     return x

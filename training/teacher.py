@@ -14,8 +14,10 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from edgeflow.errors import ConfigError
 from edgeflow.training.config import LoopConfig
-from edgeflow.training.corpus import Corpus, encode_captions, encode_pictures, random_index
+from edgeflow.training.corpus import Corpus, encode_captions, encode_pictures
+from edgeflow.training.draw import Draw
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.models import (
     ModelShape,
@@ -40,7 +42,10 @@ class TeacherConfig:
 
 
 class TeacherObjective:
-    """Trains UNet and text encoder on the latents of a corpus."""
+    """Trains UNet and text encoder on the latents of a corpus; from ``begun``'s weights, or from noise.
+
+    Raises ConfigError where ``begun`` is of another shape.
+    """
 
     def __init__(
         self,
@@ -49,9 +54,11 @@ class TeacherObjective:
         vae: AutoencoderTiny,
         tokenizer_dir: Path,
         device: torch.device,
+        begun: Parts | None = None,
     ):
         self.config, self.device = config, device
         self.vae, self.tokenizer_dir, self.captions = vae.to(device), tokenizer_dir, corpus.captions
+        self.batch_keys = corpus.names
         self.latents = encode_pictures(self.vae, corpus)
         self.ids = encode_captions(corpus.captions, tokenizer_dir, device)
         self.empty_ids = encode_captions([""], tokenizer_dir, device)
@@ -64,18 +71,20 @@ class TeacherObjective:
                 "text_encoder": build_text_encoder(config.shape, num_tokens).to(device),
             }
         )
+        if begun is not None:
+            _go_on(self.trained, begun)
         self.averaged = averaged_copy(self.trained)
+        self.draw = Draw(config.loop.batch_size, device)
         if config.loop.compile:
             self.trained["unet"].compile()
 
     def loss(self) -> dict[str, Tensor]:
-        batch = self.config.loop.batch_size
-        index = random_index(len(self.latents), batch, self.device)
+        index = self.draw.index(len(self.latents))
         x, ids = self.latents[index], self.ids[index]
-        dropped = torch.rand(batch, 1, device=self.device) < self.config.caption_dropout
+        dropped = self.draw.uniform(1) < self.config.caption_dropout
         ids = torch.where(dropped, self.empty_ids, ids)
-        noise = torch.randn_like(x)
-        t = torch.randint(len(self.alpha_bar), (batch,), device=self.device)
+        noise = self.draw.normal(*x.shape[1:])
+        t = self.draw.integers(len(self.alpha_bar))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         noisy = (alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise).contiguous(
             memory_format=torch.channels_last
@@ -121,3 +130,15 @@ class TeacherObjective:
                 guidance=self.config.guidance,
             )
         draw_sheet(path, decode(self.vae, latents), captions, columns=8)
+
+
+def _go_on(trained: nn.ModuleDict, begun: Parts) -> None:
+    """Load a teacher's weights to train on."""
+    try:
+        trained["unet"].load_state_dict(begun.unet.state_dict())
+        trained["text_encoder"].load_state_dict(begun.text_encoder.state_dict())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(
+            f"train teacher: --from: expected a teacher of the preset's shape, got another: {reason}"
+        ) from error

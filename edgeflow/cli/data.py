@@ -19,6 +19,7 @@ from edgeflow.cli.options import (
     show_progress,
     verbosity,
 )
+from edgeflow.errors import OutputExistsError
 
 
 @click.group(
@@ -28,7 +29,7 @@ from edgeflow.cli.options import (
     epilog=example("edgeflow data emoji -o data/emoji"),
 )
 def command() -> None:
-    """Make a captioned picture set to train on."""
+    """Make a captioned picture set to train on, and the captions to draw from it."""
 
 
 @command.command(
@@ -73,6 +74,43 @@ def emoji(out: Path, size: int, limit: int | None, force: bool, as_json: bool) -
     else:
         _print_table(made.summary)
         click.echo(str(made.path))
+
+
+@command.command(
+    "captions",
+    short_help="A set's captions, one a line, to draw pairs from.",
+    epilog=example("edgeflow data captions data/emoji --composed -o captions.txt"),
+)
+@click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
+@out_option("Text file to write: a caption a line.")
+@click.option(
+    "--composed",
+    is_flag=True,
+    help="Also every known concept in every known style that has no picture in any split.",
+)
+@force_option
+@json_option
+@verbosity
+def captions(data: Path, out: Path, composed: bool, force: bool, as_json: bool) -> None:
+    """Write the training captions of the set DATA into a text file, mixed, one a line.
+
+    The captions of split test are never among them, so what is trained on this file's captions can be judged
+    by those.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
+    """
+    from edgeflow.training.captions import collect_captions, write_caption_lines
+
+    if out.exists() and not force:
+        raise OutputExistsError(out)  # before the set is read
+    found = collect_captions(data, composed=composed)
+    write_caption_lines(out, found.mixed, force=force)
+    counts = {"train": len(found.train), "composed": len(found.composed), "held_out": found.held_out}
+    if as_json:
+        print_json({"path": str(out), **counts})
+    else:
+        click.echo(f"{counts['train']} training captions, {counts['composed']} composed", err=True)
+        click.echo(str(out))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,28 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.argument("stage", metavar="STAGE")
 @click.option("--preset", default="emoji", show_default=True, help="Preset to start from: tiny or emoji.")
-@click.option("--data", type=_FOLDER, metavar="DIR", help="Captioned pictures (autoencoder, teacher, pairs).")
 @click.option(
-    "--from", "source", type=_FOLDER, metavar="RUN", help="Run or checkpoint that the stage starts from."
+    "--data",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Captioned pictures (autoencoder, teacher, pairs, adversarial).",
 )
-@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill).")
+@click.option(
+    "--from",
+    "--teacher",
+    "source",
+    type=_FOLDER,
+    metavar="RUN",
+    help="Run, checkpoint folder or hub id that the stage starts from.",
+)
+@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill, adversarial).")
+@click.option(
+    "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
+)
+@click.option(
+    "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs, qat)."
+)
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe whose integers are trained (qat).")
 @out_option("Run folder to write.")
 @click.option("--config", "toml", type=_FOLDER, metavar="FILE", help="TOML file over the preset.")
 @click.option(
@@ -51,14 +69,18 @@ _FOLDER = click.Path(path_type=Path)
 @json_option
 @verbosity
 def command(as_json: bool, **options: Any) -> None:
-    """Train one stage of the one-step model: STAGE is autoencoder, teacher, pairs, reflow or distill.
+    """Train one stage of the one-step model: STAGE is one of those below.
 
     \b
     autoencoder  --data                    pictures to small latents and back
     teacher      --data --from AUTOENCODER a small Stable Diffusion
-    pairs        --data --from TEACHER     noise, caption and the teacher's picture
+    pairs        --data|--prompts --teacher TEACHER
+                                           noise, caption and the teacher's picture
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
+    adversarial  --pairs --from DISTILL    sharper: a discriminator beside the distance (with --data, of real
+                                           pictures)
+    qat          --recipe --pairs --from DISTILL   the same pictures from a recipe's integers
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,
     and continues with --resume. Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
@@ -71,6 +93,8 @@ def command(as_json: bool, **options: Any) -> None:
         raise BackendMissing(error.name or "torch", "train") from error
     flags = {name: options.pop(name) for name in ("steps", "minutes", "seed")}
     out = run_stage(Request(flags=flags, **options))
+    if os.environ.get("RANK", "0") != "0":  # of many processes the first one speaks
+        return
     if as_json:
         print_json({"stage": options["stage"], "run": str(out)})
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,15 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What training made of a checkpoint: by part its float weights as the part's state dict names them (those
+    absent stay the checkpoint's), and by component and layer the integers (q, scale, zero point)."""
+
+    weights: Mapping[str, Mapping[str, Tensor]]
+    integers: Mapping[str, Mapping[str, tuple[Tensor, Tensor, Tensor | None]]]
+
+
+@dataclass(frozen=True)
 class QuantizationReport:
     """What a recipe did to a checkpoint."""
 
@@ -67,8 +76,11 @@ def quantize_checkpoint(
     *,
     force: bool = False,
     progress: Callable[[str], None] = lambda step: None,
+    trained: Trained | None = None,
 ) -> QuantizationReport:
     """Write the quantized checkpoint at ``out``: integers and scales for the layers that the recipe names.
+
+    With ``trained`` its weights and integers are written in place of the checkpoint's rounded ones.
 
     Everything else keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the float
     checkpoint's name and hash. Equal inputs give equal bytes. Raises UsageError for a checkpoint that is
@@ -87,13 +99,19 @@ def quantize_checkpoint(
     with staged_folder(out, force=force) as stage:
         progress("loading the checkpoint")
         modules = {part: load_part(checkpoint, part) for part, _ in PLACES.values()}
+        for part, weights in trained.weights.items() if trained else ():
+            if modules[part].load_state_dict(weights, strict=False).unexpected_keys:
+                raise ValueError(f"trained weights of {part} are not the checkpoint's")
         plan = plan_for(recipe, modules)
         reports: list[LayerReport] = []
         for component, (part, _) in PLACES.items():
             progress(f"quantizing {component}")
             dtypes = {t.dtype for t in checkpoint.stored_tensors(part).values()}
             stay = torch.float16 if dtypes == {"F16"} else torch.float32
-            tensors = _quantized_state(component, modules[part], plan.schemes[component], stay, reports)
+            given = trained.integers[component] if trained else {}
+            tensors = _quantized_state(
+                component, modules[part], plan.schemes[component], stay, reports, given
+            )
             (stage / part).mkdir()
             shutil.copyfile(checkpoint.root / part / "config.json", stage / part / "config.json")
             save_file(tensors, stage / part / f"{checkpoint.weight_stem(part)}.safetensors")
@@ -122,9 +140,17 @@ def layers_of(component: str, module: nn.Module) -> dict[str, Any]:
 
 
 def _quantized_state(
-    component: str, module: nn.Module, plan: dict[str, str], stay: torch.dtype, reports: list[LayerReport]
+    component: str,
+    module: nn.Module,
+    plan: dict[str, str],
+    stay: torch.dtype,
+    reports: list[LayerReport],
+    given: Mapping[str, tuple[Tensor, Tensor, Tensor | None]],
 ) -> dict[str, Tensor]:
-    """The part's tensors as stored: integers and scales where planned, the rest in the dtype ``stay``."""
+    """The part's tensors as stored: integers and scales where planned, the rest in the dtype ``stay``.
+
+    A layer that is in ``given`` has its integers from there instead of being rounded.
+    """
     state = {name.removeprefix(_WRAPPER): tensor for name, tensor in module.state_dict().items()}
     state = {n: (t.to(stay) if t.is_floating_point() else t).contiguous() for n, t in state.items()}
     for name, how in plan.items():
@@ -134,7 +160,7 @@ def _quantized_state(
         if how != FLOAT:
             scheme = SCHEMES[how]
             original = state.pop(f"{name}.weight").float()
-            q, scale, zero = quantize(original, scheme)
+            q, scale, zero = given[name] if name in given else quantize(original, scheme)
             stored = {INTEGERS: pack(q) if scheme.bits == 4 else q, SCALE: scale.half()}
             if zero is not None:
                 stored[ZERO_POINT] = zero

@@ -1,4 +1,4 @@
-"""``edgeflow train``: the five stages from files to files, at the preset ``tiny`` on a CPU."""
+"""``edgeflow train``: the stages from files to files, at the preset ``tiny`` on a CPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from edgeflow.cli.train import command
 from edgeflow.generate import Generator
 from edgeflow.training.flow import euler
 from edgeflow.training.models import load_parts
+from edgeflow.training.pair_shards import read_shard
 from edgeflow.training.pairs import Pairs
 from edgeflow.training.sampling import seeded_noise
 
@@ -53,13 +54,15 @@ def train(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folders of all five stages."""
+    """The run folders of all stages."""
     out = tmp_path_factory.mktemp("runs")
     train("autoencoder", "--data", data, "-o", out / "autoencoder")
     train("teacher", "--data", data, "--from", out / "autoencoder", "-o", out / "teacher")
     train("pairs", "--data", data, "--from", out / "teacher", "-o", out / "pairs")
     train("reflow", "--from", out / "teacher", "--pairs", out / "pairs", "-o", out / "reflow")
     train("distill", "--from", out / "reflow", "--pairs", out / "pairs", "-o", out / "distill")
+    sharpen = ("adversarial", "--from", out / "distill", "--pairs", out / "pairs")
+    train(*sharpen, "--data", data, "--set", "real_fraction=0.5", "-o", out / "adversarial")
     return out
 
 
@@ -69,6 +72,7 @@ def test_every_stage_leaves_its_files(runs: Path) -> None:
         "teacher": "diffusion",
         "reflow": "rectified-flow",
         "distill": "one-step",
+        "adversarial": "one-step",
     }
     for stage, kind in kinds.items():
         assert Checkpoint.open(runs / stage / "checkpoint").kind == kind
@@ -84,20 +88,19 @@ def test_pairs_are_the_teachers_pictures_of_seeded_noise(runs: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     config = json.loads((runs / "pairs" / "config.json").read_text())
-    captions = json.loads((runs / "pairs" / "captions.json").read_text())
-    shard = load_file(sorted((runs / "pairs").glob("*.safetensors"))[1])
-    assert shard["seed"].tolist() == list(range(16, 32))
+    shard = read_shard(sorted((runs / "pairs").glob("*.tar"))[1])
+    assert shard.seed.tolist() == list(range(16, 32)) and len(set(shard.caption)) == 12
     pipeline = StableDiffusionPipeline.from_pretrained(runs / "teacher" / "checkpoint", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     for i in (0, 7):
         drawn = pipeline(
-            captions[shard["caption"][i]],
+            shard.caption[i],
             num_inference_steps=config["steps"],
             guidance_scale=config["guidance"],
-            latents=seeded_noise(shard["seed"][i : i + 1], (8, 8, 8)),
+            latents=seeded_noise(torch.from_numpy(shard.seed[i : i + 1]), (8, 8, 8)),
             output_type="latent",
         ).images
-        torch.testing.assert_close(shard["latent"][i].float(), drawn[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(torch.from_numpy(shard.latent[i]).float(), drawn[0], rtol=2e-3, atol=2e-3)
 
 
 def test_the_one_step_model_draws_its_own_one_step(runs: Path) -> None:
@@ -137,6 +140,35 @@ def test_a_run_goes_on_with_more_steps(runs: Path, data: Path, tmp_path: Path) -
     assert (out / name).read_bytes() == (runs / "autoencoder" / name).read_bytes()
 
 
+def test_the_adversarial_stage_goes_on_with_its_discriminator(runs: Path, data: Path, tmp_path: Path) -> None:
+    """Six steps and four more are ten, bit for bit: heads, spectral norms and warm-up come back too."""
+    out = tmp_path / "adversarial"
+    arguments = ("adversarial", "--from", runs / "distill", "--pairs", runs / "pairs", "--data", data)
+    train(*arguments, "--set", "real_fraction=0.5", "-o", out, "--steps", 6)
+    train(*arguments, "--set", "real_fraction=0.5", "-o", out, "--resume")
+    name = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
+    assert (out / name).read_bytes() == (runs / "adversarial" / name).read_bytes()
+
+
+def test_online_targets_come_from_the_flow_that_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the one-step model towards the flow: a first loss of its own, unlike that towards itself."""
+    flow = ("--flow", runs / "reflow")
+    arguments = ("distill", "--from", runs / "distill", "--pairs", runs / "pairs", "--steps", 1)
+    train(*arguments, "-o", tmp_path / "itself")
+    train(*arguments, *flow, "-o", tmp_path / "flow")
+    losses = [json.loads((tmp_path / n / "metrics.jsonl").read_text())["latent"] for n in ("itself", "flow")]
+    assert losses[0] != losses[1]
+    tail = ("--preset", "tiny", "--device", "cpu", "-o", str(tmp_path / "out"))
+    line = [str(a) for a in ("train", *arguments, *flow)]
+    assert main([*line, *tail, "--set", "target_steps=0"]) == 2
+    assert "expected target_steps of 1 or more" in capsys.readouterr().err
+    line[line.index("--flow") + 1] = str(runs / "distill")
+    assert main([*line, *tail]) == 2
+    assert "expected a rectified-flow, got one-step" in capsys.readouterr().err
+
+
 def test_pairs_go_on_where_they_stopped(runs: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "pairs"
     arguments = ("pairs", "--data", data, "--from", runs / "teacher", "-o", out)
@@ -169,7 +201,7 @@ def test_bad_requests_are_one_sentence(
         (
             *("train", "reflow", "--preset", "tiny", "--from", str(runs / "teacher")),
             *("--pairs", str(data), "-o", out),
-        ): (1, "expected captions.json and pairs-*.safetensors"),
+        ): (1, "expected pairs.json and shards pairs-*.tar"),
     }
     for arguments, (code, words) in cases.items():
         assert main(list(arguments)) == code, arguments

@@ -87,7 +87,7 @@ def test_the_average_is_the_recurrence(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(TrainingError, match="not finite by step 8; no state was kept"):
+    with pytest.raises(TrainingError, match="loss, grad_norm not finite at step 6; no state was kept"):
         run(out, CONFIG, poison_at=6)
     assert not (out / "checkpoint").exists() and not (out / "state.pt").exists()
 
