@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgeflow.cli import main
@@ -17,6 +17,7 @@ from edgeflow.generate import open_model
 from edgeflow.training import flow, straightness
 from edgeflow.training.drawing import Drawer
 from edgeflow.training.models import dpm_solver
+from edgeflow.training.pair_shards import FACTS, Shard, shard_path, write_shard
 from edgeflow.training.sampling import seeded_noise
 
 
@@ -45,6 +46,8 @@ def test_straightness_is_the_path_s_energy_less_its_chord_s() -> None:
 
 class EpsilonOfOnePoint(nn.Module):
     """The exact ε-network of data that is the one latent ``c``: ε = (x − α·c)/σ."""
+
+    dtype = torch.float32
 
     def __init__(self, c: float):
         super().__init__()
@@ -121,12 +124,11 @@ def test_identity_on_a_trained_flow() -> None:
 def pairs(tmp_path: Path) -> Path:
     folder = tmp_path / "pairs"
     folder.mkdir()
-    (folder / "captions.json").write_text(json.dumps(["red apple", "cat"]))
+    (folder / FACTS).write_text("{}")
     latent = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)).half()
-    caption = torch.tensor([0, 1, 0, 1, 0, 1], dtype=torch.int32)
-    save_file(
-        {"seed": torch.arange(6) + 40, "caption": caption, "latent": latent},
-        folder / "pairs-00000.safetensors",
+    captions = ["red apple", "cat"] * 3
+    write_shard(
+        shard_path(folder, 0), 0, Shard(np.arange(40, 46), captions, latent.numpy()), np.ones(6, np.float32)
     )
     return folder
 

@@ -103,13 +103,18 @@ def test_matching_layers_are_the_teachers_to_the_bit_and_the_rest_is_listed() ->
     assert drawn.shape == (1, 4, 16, 16) and drawn.isfinite().all()
 
 
+def four_pairs() -> Pairs:
+    noise, latent = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Pairs(noise, latent, torch.zeros(4).long(), ["cat"], torch.arange(4))
+
+
 @pytest.fixture(scope="module")
 def distilled(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of distillation into a small student, from the tiny checkpoint as a flow."""
     config = dataclasses.replace(PRESETS["tiny"]["distill"], student="small", perceptual_weight=0.0)
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=2))
     noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    pairs = Pairs(noise, noise.flip(0), torch.arange(8) % 2, ["red apple", "cat"])
+    pairs = Pairs(noise, noise.flip(0), torch.arange(8) % 2, ["red apple", "cat"], torch.arange(8))
     out = tmp_path_factory.mktemp("small") / "run"
     out.mkdir()
     objective = DistillObjective(config, tiny_checkpoint, pairs, torch.device("cpu"))
@@ -148,7 +153,7 @@ def test_direct_distillation_begins_with_the_last_layer_negated(
     teacher = Path(shutil.copytree(tiny_checkpoint, tmp_path / "teacher"))
     facts = json.loads((teacher / "edgeflow.json").read_text())
     (teacher / "edgeflow.json").write_text(json.dumps({**facts, "kind": "diffusion", "steps": 25}))
-    pairs = Pairs(torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.zeros(4).long(), ["cat"])
+    pairs = four_pairs()
     config = DistillConfig(PRESETS["tiny"]["distill"].loop)
     begun = DistillObjective(config, teacher, pairs, torch.device("cpu")).trained["unet"].state_dict()
     for name, weight in load_parts(teacher).unet.state_dict().items():
@@ -156,7 +161,7 @@ def test_direct_distillation_begins_with_the_last_layer_negated(
 
 
 def test_another_student_is_an_error(tiny_checkpoint: Path) -> None:
-    pairs = Pairs(torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.zeros(4).long(), ["cat"])
+    pairs = four_pairs()
     config = DistillConfig(PRESETS["tiny"]["distill"].loop, student="huge")
     with pytest.raises(UnknownNameError, match="known: same, small"):
         DistillObjective(config, tiny_checkpoint, pairs, torch.device("cpu"))
