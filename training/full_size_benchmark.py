@@ -43,18 +43,10 @@ from edgeflow.training.random_checkpoint import SHAPES, build_part, configs
 from edgeflow.training.random_vocabulary import write_tokenizer
 from edgeflow.training.reflow import ReflowConfig, ReflowObjective
 from edgeflow.training.sampling import sample_teacher
+from edgeflow.training.sd_paper_schedule import describe, ratios, schedule, schedule_table, table
 from edgeflow.training.sd_plain_loop import PlainBatch, plain_loop
 from edgeflow.training.step import Step
 
-#: The paper's stages for InstaFlow-0.9B (arXiv 2309.06380, section 5 and appendix): images seen, the row that
-#: measures their speed, and the A100-days it reports.
-SCHEDULE = (
-    ("pairs", 3_200_000, "pairs", 16.0),
-    ("reflow, batch 64", 64 * 70_000, "reflow", 11.2),
-    ("reflow, batch 1024", 1024 * 25_000, "reflow", 64.0),
-    ("distill, L2", 1024 * 21_500, "distill", 54.4),
-    ("distill, perceptual", 1024 * 18_000, "distill + perceptual", 53.6),
-)
 RATE = 1e-6  # the paper's, for reflow
 _CAPTIONS = ("a red bicycle", "an owl on a branch", "a bowl of soup", "a street at night")
 
@@ -183,16 +175,6 @@ def measure(step: Callable[[], object], batch_size: int, plan: Plan, device: tor
     return row
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A row in words."""
-    if "images_per_s" not in row:
-        return "; ".join(f"{why}: {what}" for why, what in row.items())
-    memory = f", peak {row['peak_allocated_gib']} GiB" if "peak_allocated_gib" in row else ""
-    return (
-        f"{row['images_per_s']} images/s at batch {row['batch_size']}{memory}, first {row['warm_seconds']} s"
-    )
-
-
 def plain(bench: Bench, kind: str, batch_size: int) -> dict[str, Any]:
     """The plain loop on a copy of the model; PyTorch's settings as they come."""
     unet = build_part("unet", bench.configs["unet"], bench.device)
@@ -319,38 +301,6 @@ def report(bench: Bench) -> dict[str, Any]:
     }
 
 
-def ratios(rows: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    """images/s of edgeflow's step over the plain loop's, where both were measured at one batch size."""
-    for name, row in rows.items():
-        base = rows.get("plain " + name.removesuffix(", CUDA graph"))
-        if (
-            base
-            and "images_per_s" in base
-            and "images_per_s" in row
-            and row["batch_size"] == base["batch_size"]
-        ):
-            yield name, round(row["images_per_s"] / base["images_per_s"], 3)
-
-
-def schedule(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """GPU-days of the paper's schedule at the measured speeds, beside the A100-days it reports."""
-    stages = {}
-    for name, images, row, a100_days in SCHEDULE:
-        speed = max(
-            (
-                rows[r]["images_per_s"]
-                for r in (row, f"{row}, CUDA graph")
-                if "images_per_s" in rows.get(r, {})
-            ),
-            default=None,
-        )
-        days = round(images / speed / 86400, 2) if speed else None
-        stages[name] = {"images": images, "gpu_days": days, "paper_a100_days": a100_days}
-    known = [days for s in stages.values() if (days := s["gpu_days"]) is not None]
-    total = round(sum(known), 2) if len(known) == len(stages) else None
-    return {"stages": stages, "gpu_days": total, "paper_a100_days": sum(s[3] for s in SCHEDULE)}
-
-
 def run(plan: Plan, device: torch.device, out: Path) -> Bench:
     """All rows: the plain loop's, with PyTorch's settings as they come, then edgeflow's."""
     bench = Bench(plan, device, out)
@@ -372,19 +322,6 @@ def run(plan: Plan, device: torch.device, out: Path) -> Bench:
     if device.type == "cuda":
         bench.record("reflow, CUDA graph", lambda: own(bench, "reflow", batch, cuda_graph=True), 20)
     return bench
-
-
-def table(bench: Bench) -> str:
-    """The rows as Markdown."""
-    lines = ["| row | batch | images/s | peak GiB | ÷ plain |", "|---|---|---|---|---|"]
-    by_name = dict(ratios(bench.rows))
-    for name, row in bench.rows.items():
-        if "images_per_s" not in row:
-            lines.append(f"| {name} | – | {describe(row)} | – | – |")
-            continue
-        cells = (row["batch_size"], row["images_per_s"], row.get("peak_allocated_gib"), by_name.get(name))
-        lines.append(f"| {name} | " + " | ".join("–" if c is None else str(c) for c in cells) + " |")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -427,7 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(table(bench))
+    print(table(bench.rows))
+    if chosen.width == "full":
+        print("\n" + schedule_table(bench.rows))
     return int(any("failed" in row for row in bench.rows.values()))
 
 
