@@ -1,9 +1,9 @@
 """Quantization-aware distillation: the one-step model learns to draw its own pictures with integers.
 
-min E D(G(x₀ | text), G_q(x₀ | text)) over the weights and scales of G_q, which runs through a recipe's integers
-in every layer that the recipe quantizes (edgeflow.quantization.fake); G is the float model it started from,
-the noise x₀ is fresh at every step. D is a pseudo-Huber norm on latents and on pictures, plus the perceptual
-distance of the pictures. All three components train, for all three hold integers.
+min E D(G(x₀ | text), G_q(x₀ | text)) over the weights and scales of G_q, which runs through integers in every
+layer that a recipe quantizes (edgeflow.quantization.fake); G is the float model it started from, the noise x₀
+is fresh at every step. D is a pseudo-Huber norm on latents and on pictures, plus the perceptual distance of the
+pictures. All three components train, for all three hold integers.
 """
 
 from __future__ import annotations
