@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
         # of a given recipe's integers, from the one-step model: `edgeflow train qat --recipe w4g32`
         "qat": QatConfig(
-            _gpu(10000, 256, 1e-4, decay_fraction=0.5, minutes=1.5, warmup_steps=50, weight_decay=0.0)
+            _gpu(10000, 256, 1e-4, decay_fraction=0.3, minutes=2.0, warmup_steps=50, weight_decay=0.0)
         ),
     },
 }

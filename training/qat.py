@@ -2,8 +2,8 @@
 
 min E D(G(x₀ | text), G_q(x₀ | text)) over the weights and scales of G_q, which runs through integers in every
 layer that a recipe quantizes (edgeflow.quantization.fake); G is the float model it started from, the noise x₀
-is fresh at every step. D is a pseudo-Huber norm on latents and on pictures, plus the perceptual distance of the
-pictures. All three components train, for all three hold integers.
+is fresh at every step. D is a pseudo-Huber norm on latents and on pictures, plus the perceptual distance of
+the pictures. All three components train, for all three hold integers.
 """
 
 from __future__ import annotations
@@ -71,19 +71,13 @@ class QatObjective:
         ).to(device)
         self.averaged = averaged_copy(self.trained)
         self.perceptual = PerceptualDistance().to(device) if config.perceptual_weight else None
-        if config.loop.compile:
-            self._compile()
-
-    def _compile(self) -> None:
-        compiled = (
-            *self.trained.values(),
-            self.teacher["unet"],
-            self.teacher["vae"].decoder,
-            self.perceptual,
-        )
-        for module in compiled:
-            if module is not None:
-                module.compile()
+        if (
+            config.loop.compile
+        ):  # the rest runs once a step without gradients, or is small: not worth compiling
+            self.trained["unet"].compile()
+            self.trained["decoder"].compile()
+            if self.perceptual is not None:
+                self.perceptual.compile()
 
     def loss(self) -> dict[str, Tensor]:
         config, batch = self.config, self.config.loop.batch_size

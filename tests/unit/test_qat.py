@@ -118,7 +118,7 @@ def test_layers_compile_whole_and_keep_their_names() -> None:
 def test_the_integers_it_learns_are_the_integers_that_ship(
     scales: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Every dequantized weight of the written checkpoint is, bit for bit, what the averaged module ran with."""
+    """Every dequantized weight of the written checkpoint is bit for bit what the averaged module ran with."""
     source, recipe = Checkpoint.open(tiny_checkpoint), read_recipe("w4g32")
     cfg = dataclasses.replace(config(steps=3, batch_size=2), scales=scales, perceptual_weight=0.0)
     objective = QatObjective(cfg, source, recipe, CAPTIONS, torch.device("cpu"))
