@@ -134,6 +134,7 @@ class QatObjective:
         """The recipe with how its integers were found; its rules are untouched."""
         raw = dict(self.recipe.raw)
         found_by = str(raw.get("found_by", "unknown"))
+        raw.pop("rounding", None)  # the recipe's own way to choose integers, which training replaces
         raw["found_by"] = f"{found_by}; the integers by edgeflow train qat"
         raw["measured"] = {"training": to_dict(self.config), "captions": len(self.captions)}
         return parse_recipe(raw, self.recipe.name)
@@ -164,6 +165,11 @@ def _fake_quantize(parts: dict[str, nn.Module], recipe: Recipe, learned: bool) -
     ConfigError for a recipe that does not fit the model or quantizes nothing.
     """
     plan = plan_for(recipe, parts)
+    taken = {scheme for schemes in plan.schemes.values() for scheme in schemes.values()} - {FLOAT}
+    if wrong := sorted(name for name in taken if getattr(SCHEMES[name], "activations", False)):
+        raise ConfigError(
+            f"train qat: recipe {recipe.name}: expected schemes of weights alone, got {', '.join(wrong)}"
+        )
     found: dict[str, dict[str, str]] = {}
     for component, (part, _) in PLACES.items():
         names = {id(module): name for name, module in parts[part].named_modules()}
