@@ -84,34 +84,33 @@ class QatObjective:
         index = random_index(len(self.ids), batch, self.device)
         noise = torch.randn(batch, *self.shape, device=self.device)
         noise = noise.contiguous(memory_format=torch.channels_last)
+        teacher, trained = self.teacher, self.trained
         with torch.no_grad():
-            teacher = self.teacher
-            target, wanted = self._draw(teacher["unet"], teacher["vae"].decoder, self.text[index], noise)
-        trained = self.trained
+            target = self._latent(teacher["unet"], self.text[index], noise)
         text = trained["text_encoder"](self.ids[index]).last_hidden_state
-        drawn, picture = self._draw(trained["unet"], trained["decoder"], text, noise)
+        drawn = self._latent(trained["unet"], text, noise)
         latent = pseudo_huber(drawn, target)
-        pixels = pseudo_huber(picture, wanted)
-        losses = {
-            "loss": config.latent_weight * latent + config.picture_weight * pixels,
-            "latent": latent,
+        losses = {"loss": config.latent_weight * latent, "latent": latent}
+        if config.picture_weight or config.perceptual_weight:  # without, the decoder is only rounded
+            with torch.no_grad():
+                wanted = self._picture(teacher["vae"].decoder, target)
+            picture = self._picture(trained["decoder"], drawn)
+            losses["loss"] = losses["loss"] + config.picture_weight * pseudo_huber(picture, wanted)
             # of pictures in [0, 1]: −10·log₁₀ of it is the batch's PSNR
-            "picture_mse": (picture - wanted).square().mean() / 4,
-        }
-        if self.perceptual is not None:
-            perceptual = self.perceptual(picture, wanted)
-            losses["loss"] = losses["loss"] + config.perceptual_weight * perceptual
-            losses["perceptual"] = perceptual
+            losses["picture_mse"] = (picture - wanted).square().mean() / 4
+            if self.perceptual is not None:
+                losses["perceptual"] = self.perceptual(picture, wanted)
+                losses["loss"] = losses["loss"] + config.perceptual_weight * losses["perceptual"]
         return losses
 
-    def _draw(
-        self, unet: nn.Module, decoder: nn.Module, text: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Latent and picture in [-1, 1], float32, of the one step from ``noise`` (N, C, h, w)."""
+    def _latent(self, unet: nn.Module, text: Tensor, noise: Tensor) -> Tensor:
+        """The one step from ``noise`` (N, C, h, w) under text states (N, L, D), float32."""
         t = torch.full((len(noise),), FIRST_TIMESTEP, device=self.device)
-        latent = noise + unet(noise, t, text).sample.float()
-        picture = decoder(latent / self.latent_scale).float()
-        return latent, picture.clamp(-1, 1)
+        return noise + unet(noise, t, text).sample.float()
+
+    def _picture(self, decoder: nn.Module, latent: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1], float32."""
+        return decoder(latent / self.latent_scale).float().clamp(-1, 1)
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -147,9 +146,11 @@ class QatObjective:
         noise = seeded_noise(torch.arange(len(prompts)), self.shape).to(self.device)
         averaged, teacher = self.averaged, self.teacher
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.loop.bf16):
-            _, wanted = self._draw(teacher["unet"], teacher["vae"].decoder, self.text[index], noise)
+            wanted = self._latent(teacher["unet"], self.text[index], noise)
+            wanted = self._picture(teacher["vae"].decoder, wanted)
             text = averaged["text_encoder"](self.ids[index]).last_hidden_state
-            _, drawn = self._draw(averaged["unet"], averaged["decoder"], text, noise)
+            drawn = self._latent(averaged["unet"], text, noise)
+            drawn = self._picture(averaged["decoder"], drawn)
         psnr = -10 * ((drawn - wanted).square().mean((1, 2, 3)) / 4).log10()
         rows, labels = [], []
         for k in range(0, len(prompts), 8):
