@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command(
     context_settings=options.CONTEXT,
-    epilog=options.example("edgeflow quantize emoji --recipe w8 -o emoji-w8"),
+    epilog=options.example("edgeflow quantize emoji --recipe w4g32 --rounding gptq -o emoji-w4g32"),
 )
 @click.argument("model", metavar="MODEL")
 @click.option(
@@ -25,11 +25,40 @@ if TYPE_CHECKING:
     metavar="NAME|FILE",
     help="A shipped recipe (w8, w4g32) or the path of a recipe file.",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "gptq"]),
+    help="How integers are chosen: each weight by itself, or so that layers keep their outputs on "
+    "calibration prompts.  [default: the recipe's]",
+)
+@click.option(
+    "--calibration",
+    metavar="NAME|FILE",
+    help="Prompts to calibrate on: a shipped list or a text file, one a line.  "
+    "[default: the list of the model's name]",
+)
+@click.option(
+    "--pictures",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="How many calibration pictures to draw.",
+)
 @options.out_option("Folder of the quantized checkpoint.")
 @options.force_option
 @options.json_option
 @options.verbosity
-def command(model: str, recipe: str, out: Path, force: bool, as_json: bool) -> None:
+def command(
+    model: str,
+    recipe: str,
+    rounding: str | None,
+    calibration: str | None,
+    pictures: int,
+    out: Path,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Round MODEL's weights to the integers and scales that RECIPE asks for, and write them as a checkpoint.
 
     MODEL is a built-in model (emoji), a checkpoint folder or a hub id, and must draw in one step. The result
@@ -43,11 +72,12 @@ def command(model: str, recipe: str, out: Path, force: bool, as_json: bool) -> N
 
     rules = read_recipe(recipe)
     checkpoint = Checkpoint.open(model)
-    from edgeflow.quantization.apply import quantize_checkpoint
+    from edgeflow.quantization.apply import calibrated_recipe, quantize_checkpoint
 
+    rules, drawn = calibrated_recipe(checkpoint, rules, rounding or rules.rounding, calibration, pictures)
     with ExitStack() as stack:
         say = options.spinner(stack)
-        report = quantize_checkpoint(checkpoint, rules, out, force=force, progress=say)
+        report = quantize_checkpoint(checkpoint, rules, out, calibration=drawn, force=force, progress=say)
     quantized = Checkpoint.open(out)
     if as_json:
         facts = {"path": str(out), "hash": quantized.hash, "bytes": _bytes(quantized)}

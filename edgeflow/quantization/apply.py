@@ -20,8 +20,10 @@ from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import CheckpointError, UsageError
 from edgeflow.facts import FACTS
 from edgeflow.quantization import recipe as recipes
+from edgeflow.quantization.calibration import SEED, Calibration, Solved, solve_layers
 from edgeflow.quantization.layers import INTEGERS, SCALE, ZERO_POINT, quantizable_layers, replace_weight
-from edgeflow.quantization.recipe import Plan, Recipe
+from edgeflow.quantization.prompts import calibration_prompts
+from edgeflow.quantization.recipe import NEAREST, Plan, Recipe, with_rounding
 from edgeflow.quantization.schemes import FLOAT, SCHEMES, quantize
 from edgeflow.staging import staged_folder
 
@@ -65,15 +67,18 @@ def quantize_checkpoint(
     recipe: Recipe,
     out: Path,
     *,
+    calibration: Calibration | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> QuantizationReport:
     """Write the quantized checkpoint at ``out``: integers and scales for the layers that the recipe names.
 
-    Everything else keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the float
-    checkpoint's name and hash. Equal inputs give equal bytes. Raises UsageError for a checkpoint that is
-    quantized already, ExportError for one that edgeflow cannot export, ConfigError for a recipe that does not
-    fit it, OutputExistsError.
+    A recipe whose rounding is not to the nearest takes ``calibration``, as calibrated_recipe gives it with
+    the recipe; a layer that the calibration does not reach is rounded to nearest and noted. Everything else
+    keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the float checkpoint's name
+    and hash. Equal inputs give equal bytes, with calibration on the same machine with as many threads. Raises
+    UsageError for a checkpoint that is quantized already, ExportError for one that edgeflow cannot export,
+    ConfigError for a recipe that does not fit it, OutputExistsError.
     """
     from edgeflow.components import check_exportable
     from edgeflow.loading import load_part
@@ -88,19 +93,60 @@ def quantize_checkpoint(
         progress("loading the checkpoint")
         modules = {part: load_part(checkpoint, part) for part, _ in PLACES.values()}
         plan = plan_for(recipe, modules)
+        solved = _solved(checkpoint, recipe, modules, plan, calibration, progress)
         reports: list[LayerReport] = []
         for component, (part, _) in PLACES.items():
             progress(f"quantizing {component}")
             dtypes = {t.dtype for t in checkpoint.stored_tensors(part).values()}
             stay = torch.float16 if dtypes == {"F16"} else torch.float32
-            tensors = _quantized_state(component, modules[part], plan.schemes[component], stay, reports)
+            own = {name: result for (of, name), result in solved.items() if of == component}
+            tensors = _quantized_state(component, modules[part], plan.schemes[component], own, stay, reports)
             (stage / part).mkdir()
             shutil.copyfile(checkpoint.root / part / "config.json", stage / part / "config.json")
             save_file(tensors, stage / part / f"{checkpoint.weight_stem(part)}.safetensors")
             (stage / part / f"{checkpoint.weight_stem(part)}.safetensors").chmod(0o644)
         _write_rest(checkpoint, recipe, stage)
         Checkpoint.open(stage)
-    return QuantizationReport(recipe.name, tuple(reports), plan.notes)
+    nearest = [
+        f"{r.component}: {r.layer}: calibration does not reach it: rounded to nearest"
+        for r in reports
+        if recipe.rounding != NEAREST and r.scheme != FLOAT and (r.component, r.layer) not in solved
+    ]
+    return QuantizationReport(recipe.name, tuple(reports), (*plan.notes, *nearest))
+
+
+def calibrated_recipe(
+    checkpoint: Checkpoint, recipe: Recipe, method: str, source: str | None, pictures: int
+) -> tuple[Recipe, Calibration | None]:
+    """The recipe with the rounding ``method`` in its JSON, and the calibration that this takes.
+
+    ``source`` is as in edgeflow.quantization.prompts; raises as that does, and UsageError for prompts given
+    to a method that looks at none.
+    """
+    if method == NEAREST:
+        if source is not None:
+            raise UsageError("quantize: --calibration: expected --rounding gptq to go with it, got nearest")
+        return (recipe if recipe.rounding == NEAREST else with_rounding(recipe, {"method": NEAREST})), None
+    prompts, facts = calibration_prompts(checkpoint, source)
+    calibration = Calibration(prompts, pictures, SEED)
+    return with_rounding(recipe, {"method": method, **facts, "pictures": pictures, "seed": SEED}), calibration
+
+
+def _solved(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    modules: dict[str, nn.Module],
+    plan: Plan,
+    calibration: Calibration | None,
+    progress: Callable[[str], None],
+) -> dict[tuple[str, str], Solved]:
+    """(component, layer) → what calibration makes of it; nothing where each weight is rounded by itself."""
+    if recipe.rounding == NEAREST:
+        return {}
+    if calibration is None:
+        raise ValueError(f"recipe {recipe.name}: rounding {recipe.rounding} takes a calibration, got none")
+    layers = {component: layers_of(component, modules[part]) for component, (part, _) in PLACES.items()}
+    return solve_layers(modules, layers, plan.schemes, checkpoint.generation, calibration, progress)
 
 
 def plan_for(recipe: Recipe, modules: dict[str, nn.Module]) -> Plan:
@@ -122,7 +168,12 @@ def layers_of(component: str, module: nn.Module) -> dict[str, Any]:
 
 
 def _quantized_state(
-    component: str, module: nn.Module, plan: dict[str, str], stay: torch.dtype, reports: list[LayerReport]
+    component: str,
+    module: nn.Module,
+    plan: dict[str, str],
+    solved: dict[str, Solved],
+    stay: torch.dtype,
+    reports: list[LayerReport],
 ) -> dict[str, Tensor]:
     """The part's tensors as stored: integers and scales where planned, the rest in the dtype ``stay``."""
     state = {name.removeprefix(_WRAPPER): tensor for name, tensor in module.state_dict().items()}
@@ -134,7 +185,12 @@ def _quantized_state(
         if how != FLOAT:
             scheme = SCHEMES[how]
             original = state.pop(f"{name}.weight").float()
-            q, scale, zero = quantize(original, scheme)
+            if name in solved:
+                solution, bias = solved[name].solution, solved[name].bias
+                q, scale, zero = solution.q, solution.scale, solution.zero_point
+                state |= {} if bias is None else {f"{name}.bias": bias.to(stay)}
+            else:
+                q, scale, zero = quantize(original, scheme)
             stored = {INTEGERS: pack(q) if scheme.bits == 4 else q, SCALE: scale.half()}
             if zero is not None:
                 stored[ZERO_POINT] = zero

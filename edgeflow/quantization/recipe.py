@@ -12,6 +12,8 @@ whole name, dots included) matches its name; a layer without a rule stays float,
 A rule that no layer takes is an error, or a line of the report where it says ``"unmatched": "report"``. A
 layer that does not divide into groups takes the rule's ``fallback`` scheme and is reported; without one it is
 an error.
+``rounding`` (optional) is how the integers were chosen: ``{"method": "nearest"}``, or ``gptq`` with the
+prompts, pictures and seed it was calibrated on.
 ``gates`` (optional) is what the quantization gap must hold at the pipeline's picture; ``found_by`` and
 ``measured`` say where the recipe comes from and are free in form.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ SCHEMA = 1
 RECIPES = Path(__file__).parent / "recipes"
 #: What a recipe's own gates may limit, at the pipeline's picture.
 GATES = ("sqnr_db", "psnr_db")
-_KEYS = {"schema", "name", "rules", "gates", "found_by", "measured"}
+#: How integers are chosen: each weight by itself, or so that layers keep outputs (quantization.gptq).
+NEAREST, GPTQ = METHODS = ("nearest", "gptq")
+_KEYS = {"schema", "name", "rules", "rounding", "gates", "found_by", "measured"}
 _RULE_KEYS = {"component", "pattern", "scheme", "fallback", "unmatched"}
 
 
@@ -55,6 +59,7 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
     gates: Mapping[str, float] = field(default_factory=dict)
+    rounding: str = NEAREST
     raw: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -103,6 +108,9 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         k in GATES and type(v) in (int, float) for k, v in gates.items()
     ):
         wrong.append(f"gates: expected numbers for some of {', '.join(GATES)}, got {gates!r}")
+    rounding = raw.get("rounding", {"method": NEAREST})
+    if not isinstance(rounding, dict) or rounding.get("method") not in METHODS:
+        wrong.append(f"rounding: expected a method, one of {', '.join(METHODS)}, got {rounding!r}")
     rules = raw.get("rules")
     if not isinstance(rules, list) or not rules:
         wrong.append(f"rules: expected a list of rules, got {rules!r}")
@@ -111,7 +119,13 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         wrong += [f"rule {i}: {reason}" for reason in _wrong_rule(rule)]
     if wrong:
         raise ConfigError(f"recipe: {where}: {'; '.join(wrong)}")
-    return Recipe(raw["name"], tuple(Rule(**rule) for rule in rules), dict(gates), raw)
+    return Recipe(raw["name"], tuple(Rule(**rule) for rule in rules), dict(gates), rounding["method"], raw)
+
+
+def with_rounding(recipe: Recipe, rounding: Mapping[str, Any]) -> Recipe:
+    """The recipe with another way of choosing integers, which its JSON says as well."""
+    raw = {**recipe.raw, "rounding": dict(rounding)}
+    return replace(recipe, rounding=str(rounding["method"]), raw=raw)
 
 
 def _wrong_rule(rule: Any) -> list[str]:
