@@ -1,9 +1,13 @@
-"""``edgeflow::dequantize`` as Core ML's ``constexpr_blockwise_shift_scale`` (iOS 18)."""
+"""``edgeflow::dequantize`` as Core ML's ``constexpr_blockwise_shift_scale`` (iOS 18).
+
+``edgeflow::quantize_activation`` is ``quantize`` and ``dequantize``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil import register_torch_op
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
@@ -11,11 +15,13 @@ from coremltools.converters.mil.mil import types
 
 #: What coremltools makes of the op's name, by its version.
 _ALIASES = ["edgeflow::dequantize", "edgeflow.dequantize"]
+_INPUT_ALIASES = ["edgeflow::quantize_activation", "edgeflow.quantize_activation"]
 
 
 def register() -> None:
     """Tell coremltools' PyTorch frontend how to take the op; more than once is the same as once."""
     register_torch_op(edgeflow_dequantize, torch_alias=_ALIASES, override=True)
+    register_torch_op(edgeflow_quantize_activation, torch_alias=_INPUT_ALIASES, override=True)
 
 
 def edgeflow_dequantize(context: Any, node: Any) -> None:
@@ -26,3 +32,11 @@ def edgeflow_dequantize(context: Any, node: Any) -> None:
     offset = {} if zero_point is None else {"offset": zero_point.astype(kind)}
     weight = mb.constexpr_blockwise_shift_scale(data=q.astype(kind), scale=scale, name=node.name, **offset)
     context.add(weight)
+
+
+def edgeflow_quantize_activation(context: Any, node: Any) -> None:
+    x, scale, zero_point = _get_inputs(context, node, expected=[3])
+    assert scale.val is not None and zero_point.val is not None
+    grid = {"scale": np.float32(scale.val), "zero_point": np.uint8(zero_point.val)}
+    q = mb.quantize(input=x, output_dtype="uint8", **grid)
+    context.add(mb.dequantize(input=q, name=node.name, **grid))

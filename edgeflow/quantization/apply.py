@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from edgeflow.errors import CheckpointError, UsageError
 from edgeflow.facts import FACTS
 from edgeflow.quantization import recipe as recipes
 from edgeflow.quantization.calibration import SEED, Calibration, Solved, solve_layers
-from edgeflow.quantization.layers import INTEGERS, SCALE, ZERO_POINT, quantizable_layers, replace_weight
+from edgeflow.quantization.gptq import Solution
+from edgeflow.quantization.layers import (
+    INPUT_SCALE,
+    INPUT_ZERO_POINT,
+    INTEGERS,
+    SCALE,
+    ZERO_POINT,
+    quantizable_layers,
+    replace_weight,
+)
 from edgeflow.quantization.prompts import calibration_prompts
 from edgeflow.quantization.recipe import NEAREST, Plan, Recipe, with_rounding
 from edgeflow.quantization.schemes import FLOAT, SCHEMES, quantize
@@ -73,10 +82,10 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Write the quantized checkpoint at ``out``: integers and scales for the layers that the recipe names.
 
-    A recipe whose rounding is not to the nearest takes ``calibration``, as calibrated_recipe gives it with
-    the recipe; a layer that the calibration does not reach is rounded to nearest and noted. Everything else
-    keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the float checkpoint's name
-    and hash. Equal inputs give equal bytes, with calibration on the same machine with as many threads. Raises
+    A recipe that rounds activations, or not to the nearest, takes ``calibration``, as calibrated_recipe
+    gives it with the recipe; a layer that the calibration does not reach is rounded to nearest
+    and noted. Everything else keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the
+    float checkpoint's name and hash. Equal inputs give equal bytes, with calibration on the same machine with as many threads. Raises
     UsageError for a checkpoint that is quantized already, ExportError for one that edgeflow cannot export,
     ConfigError for a recipe that does not fit it, OutputExistsError.
     """
@@ -107,12 +116,25 @@ def quantize_checkpoint(
             (stage / part / f"{checkpoint.weight_stem(part)}.safetensors").chmod(0o644)
         _write_rest(checkpoint, recipe, stage)
         Checkpoint.open(stage)
-    nearest = [
-        f"{r.component}: {r.layer}: calibration does not reach it: rounded to nearest"
-        for r in reports
-        if recipe.rounding != NEAREST and r.scheme != FLOAT and (r.component, r.layer) not in solved
-    ]
-    return QuantizationReport(recipe.name, tuple(reports), (*plan.notes, *nearest))
+    return QuantizationReport(recipe.name, tuple(reports), (*plan.notes, *_left(recipe, reports, solved)))
+
+
+def _left(recipe: Recipe, reports: list[LayerReport], solved: dict[tuple[str, str], Solved]) -> Iterator[str]:
+    """What is said of layers that calibration does not reach or that have no input to round."""
+    for r in reports:
+        result = solved.get((r.component, r.layer))
+        if r.scheme == FLOAT or not _calibrated(recipe):
+            continue
+        if result is None:
+            yield f"{r.component}: {r.layer}: calibration does not reach it: rounded to nearest"
+        if SCHEMES[r.scheme].activations and (result is None or result.input_grid is None):
+            yield f"{r.component}: {r.layer}: no input that could be rounded: its weight alone"
+
+
+def _calibrated(recipe: Recipe) -> bool:
+    """Whether the recipe takes calibration pictures."""
+    named = {name for rule in recipe.rules for name in (rule.scheme, rule.fallback) if name in SCHEMES}
+    return recipe.rounding != NEAREST or any(SCHEMES[name].activations for name in named)
 
 
 def calibrated_recipe(
@@ -121,9 +143,9 @@ def calibrated_recipe(
     """The recipe with the rounding ``method`` in its JSON, and the calibration that this takes.
 
     ``source`` is as in edgeflow.quantization.prompts; raises as that does, and UsageError for prompts given
-    to a method that looks at none.
+    to a recipe and a method that look at none.
     """
-    if method == NEAREST:
+    if not _calibrated(replace(recipe, rounding=method)):
         if source is not None:
             raise UsageError("quantize: --calibration: expected --rounding gptq to go with it, got nearest")
         return (recipe if recipe.rounding == NEAREST else with_rounding(recipe, {"method": NEAREST})), None
@@ -141,12 +163,13 @@ def _solved(
     progress: Callable[[str], None],
 ) -> dict[tuple[str, str], Solved]:
     """(component, layer) → what calibration makes of it; nothing where each weight is rounded by itself."""
-    if recipe.rounding == NEAREST:
+    if not _calibrated(recipe):
         return {}
     if calibration is None:
-        raise ValueError(f"recipe {recipe.name}: rounding {recipe.rounding} takes a calibration, got none")
+        raise ValueError(f"recipe {recipe.name}: it takes a calibration, got none")
     layers = {component: layers_of(component, modules[part]) for component, (part, _) in PLACES.items()}
-    return solve_layers(modules, layers, plan.schemes, checkpoint.generation, calibration, progress)
+    spec = checkpoint.generation
+    return solve_layers(modules, layers, plan.schemes, recipe.rounding, spec, calibration, progress)
 
 
 def plan_for(recipe: Recipe, modules: dict[str, nn.Module]) -> Plan:
@@ -185,15 +208,15 @@ def _quantized_state(
         if how != FLOAT:
             scheme = SCHEMES[how]
             original = state.pop(f"{name}.weight").float()
-            if name in solved:
-                solution, bias = solved[name].solution, solved[name].bias
-                q, scale, zero = solution.q, solution.scale, solution.zero_point
-                state |= {} if bias is None else {f"{name}.bias": bias.to(stay)}
-            else:
-                q, scale, zero = quantize(original, scheme)
+            result = solved.get(name) or Solved(Solution(*quantize(original, scheme)))
+            q, scale, zero = result.solution.q, result.solution.scale, result.solution.zero_point
+            if result.bias is not None:
+                state[f"{name}.bias"] = result.bias.to(stay)
             stored = {INTEGERS: pack(q) if scheme.bits == 4 else q, SCALE: scale.half()}
             if zero is not None:
                 stored[ZERO_POINT] = zero
+            if result.input_grid is not None:
+                stored |= {INPUT_SCALE: result.input_grid[0].half(), INPUT_ZERO_POINT: result.input_grid[1]}
             state |= {f"{name}.{end}": tensor.contiguous() for end, tensor in stored.items()}
             after = sum(tensor.nbytes for tensor in stored.values())
             sqnr = metrics.sqnr_db(original.numpy(), dequantized(q, scale, zero, scheme.bits).numpy())
@@ -240,9 +263,13 @@ def _write_rest(checkpoint: Checkpoint, recipe: Recipe, stage: Path) -> None:
 
 
 def load_integers(checkpoint: Checkpoint, part: str) -> dict[str, dict[str, np.ndarray]]:
-    """Layer → ``q`` int8 (unpacked, in the weight's shape), ``scale`` float16, maybe ``zero_point`` int8."""
+    """Layer → ``q`` int8 (unpacked, in the weight's shape), ``scale`` float16, maybe ``zero_point`` int8.
+
+    A layer whose input is rounded has ``input_scale`` () float16 and ``input_zero_point`` () uint8 as well.
+    """
     state = _stored_state(checkpoint, part)
     keys = {"q": INTEGERS, "scale": SCALE, "zero_point": ZERO_POINT}
+    keys |= {name: name for name in (INPUT_SCALE, INPUT_ZERO_POINT)}
     found = {}
     for name, stored in checkpoint.quantized_layers(part).items():
         tensors = {key: state[f"{name}.{end}"] for key, end in keys.items() if f"{name}.{end}" in state}
@@ -265,15 +292,17 @@ def load_quantized(checkpoint: Checkpoint, part: str, make: Callable[[], nn.Modu
             raise CheckpointError(f"checkpoint: {where}: quantized layer {name!r} is not one of the model's")
         q, scale = state.pop(f"{name}.{INTEGERS}"), state.pop(f"{name}.{SCALE}")
         zero = state.pop(f"{name}.{ZERO_POINT}", None)
+        grid = None
+        if stored.activations:
+            grid = state.pop(f"{name}.{INPUT_SCALE}").float(), state.pop(f"{name}.{INPUT_ZERO_POINT}")
+        q = unpack(q) if stored.bits == 4 else q
         try:
-            replace_weight(
-                layers[name], unpack(q) if stored.bits == 4 else q, scale.float(), zero, stored.bits
-            )
+            replace_weight(layers[name], q, scale.float(), zero, stored.bits, grid)
         except ValueError as error:
             raise CheckpointError(f"checkpoint: {where}: quantized layer {name!r}: {error}") from error
     own = {name.removeprefix(_WRAPPER): name for name in module.state_dict()}
     given = {own.get(name, name): t.float() if t.is_floating_point() else t for name, t in state.items()}
-    ends = (INTEGERS, SCALE, ZERO_POINT)
+    ends = (INTEGERS, SCALE, ZERO_POINT, INPUT_SCALE, INPUT_ZERO_POINT)
     try:
         missing, unexpected = module.load_state_dict(given, strict=False)
     except RuntimeError as error:

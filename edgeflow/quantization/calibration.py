@@ -1,4 +1,6 @@
-"""Integers chosen by what a layer is fed: one pass of calibration pictures through model and quantized model.
+"""Integers, and the grids of activations, chosen by what a layer is fed.
+
+One pass of calibration pictures through the model and the quantized model is enough.
 
 Both run side by side as the two halves of one batch: the first half through the float weights, the second
 through the quantized ones. When the pass reaches a layer, its inputs as both models have them are there, the
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 
 from edgeflow.noise import gaussian_noise
 from edgeflow.quantization.gptq import Moments, Solution, solve
-from edgeflow.quantization.layers import dequantize
-from edgeflow.quantization.schemes import FLOAT, SCHEMES, quantize
+from edgeflow.quantization.layers import dequantize, quantize_activation
+from edgeflow.quantization.recipe import NEAREST
+from edgeflow.quantization.schemes import FLOAT, SCHEMES, activation_range, quantize
 from edgeflow.spec import FIRST_TIMESTEP, GenerationSpec
 from edgeflow.tokenizer import ClipTokenizer
 
@@ -51,13 +54,15 @@ class Solved:
     """A layer's integers and, where it has one, the bias that goes with them."""
 
     solution: Solution
-    bias: Tensor | None
+    bias: Tensor | None = None
+    input_grid: tuple[Tensor, Tensor] | None = None  # scale and zero point of its input, where it has them
 
 
 def solve_layers(
     modules: Mapping[str, Any],
     layers: Mapping[str, Mapping[str, nn.Module]],
     schemes: Mapping[str, Mapping[str, str]],
+    method: str,
     spec: GenerationSpec,
     calibration: Calibration,
     progress: Callable[[str], None],
@@ -82,7 +87,7 @@ def solve_layers(
         for name, how in plan.items():
             if how != FLOAT:
                 layer = layers[component][name]
-                layer.forward = _Twin(layer, how, keep(component, name))  # type: ignore[assignment]
+                layer.forward = _Twin(layer, how, method, keep(component, name))  # type: ignore[assignment]
                 replaced.append(layer)
     try:
         with torch.no_grad():
@@ -111,15 +116,15 @@ def _draw(modules: Mapping[str, Any], spec: GenerationSpec, calibration: Calibra
 class _Twin:
     """Stands in for a layer's forward: float weights for the first half of a batch, integers for the rest."""
 
-    def __init__(self, layer: Any, how: str, done: Callable[[Solved], None]):
-        self.layer, self.how, self.done = layer, how, done
+    def __init__(self, layer: Any, how: str, method: str, done: Callable[[Solved], None]):
+        self.layer, self.how, self.method, self.done = layer, how, method, done
         self.result: Solved | None = None
         self.weight: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, count = self.layer, len(x) // 2
         if self.result is None:
-            self.result = solve_layer(layer, self.how, x[:count], x[count:])
+            self.result = solve_layer(layer, self.how, self.method, x[:count], x[count:])
             s = self.result.solution
             self.weight = dequantize(s.q, s.scale, s.zero_point, SCHEMES[self.how].bits)
             self.done(self.result)
@@ -127,27 +132,36 @@ class _Twin:
         if isinstance(layer, nn.Embedding):
             return torch.cat((F.embedding(x[:count], layer.weight), F.embedding(x[count:], self.weight)))
         first = _apply(layer, x[:count], layer.weight, layer.bias)
-        return torch.cat((first, _apply(layer, x[count:], self.weight, self.result.bias)))
+        second, bias = x[count:], layer.bias if self.result.bias is None else self.result.bias
+        if self.result.input_grid is not None:
+            second = quantize_activation(second, *self.result.input_grid)
+        return torch.cat((first, _apply(layer, second, self.weight, bias)))
 
 
-def solve_layer(layer: Any, how: str, floats: Tensor, quantized: Tensor) -> Solved:
+def solve_layer(layer: Any, how: str, method: str, floats: Tensor, quantized: Tensor) -> Solved:
     """One layer's integers, and its bias, from its inputs in the float and in the quantized model.
 
     A table that is looked up is rounded to nearest: every entry is its own output.
     """
     weight = layer.weight.detach().float()
     if isinstance(layer, nn.Embedding):
-        return Solved(Solution(*quantize(weight, SCHEMES[how])), None)
+        return Solved(Solution(*quantize(weight, SCHEMES[how])))
+    grid = None
+    if SCHEMES[how].activations:
+        grid = activation_range(quantized)
+        quantized = quantize_activation(quantized, *grid)
+    if method == NEAREST:
+        return Solved(Solution(*quantize(weight, SCHEMES[how])), None, grid)
     x, y = _columns(layer, floats), _columns(layer, quantized)
     mean_x, mean_y = (t.double().mean(1) if layer.bias is not None else None for t in (x, y))
     if mean_x is not None and mean_y is not None:
         x, y = x - mean_x[:, None].float(), y - mean_y[:, None].float()
     solution = solve(weight, SCHEMES[how], Moments(x @ y.T / x.shape[1], y @ y.T / y.shape[1]))
     if mean_x is None or mean_y is None:
-        return Solved(solution, None)
+        return Solved(solution, None, grid)
     new = dequantize(solution.q, solution.scale, solution.zero_point, SCHEMES[how].bits)
     moved = weight.flatten(1).double() @ mean_x - new.flatten(1).double() @ mean_y
-    return Solved(solution, (layer.bias.detach().double() + moved).float())
+    return Solved(solution, (layer.bias.detach().double() + moved).float(), grid)
 
 
 def _columns(layer: Any, x: Tensor) -> Tensor:

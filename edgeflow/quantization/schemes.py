@@ -7,8 +7,10 @@ Blocks lie along axis 1, a weight's input channels, and never across output chan
     w8       int8 ±127       (1, I)            (1, I, kh, kw)      (O, 1, 1, 1)
     w4g32    int4 −8…7       (1, 32)           (1, 32, 1, 1)       (O, I/32, kh, kw)
 
-``w4g32z`` is ``w4g32`` with an int4 zero point for each block. Scales are float32 numbers that float16 holds
-exactly, so that bundles of both precisions carry the same scales; integers are rounded with that very scale.
+``w4g32z`` is ``w4g32`` with an int4 zero point for each block. ``w8a8`` is ``w8`` with the layer's input in
+uint8: one scale and one zero point for the whole tensor, found on calibration pictures. Scales are
+float32 numbers that float16 holds exactly, so that bundles of both precisions carry the same scales; integers
+are rounded with that very scale.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class Scheme:
     quant_max: int
     group: int | None
     zero_point: bool
+    activations: bool = False  # the layer's input is rounded to uint8
 
     def divides(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape (O, I, …) is cut into whole blocks."""
@@ -57,6 +60,7 @@ SCHEMES = {
         Scheme("w8", 8, -127, 127, None, False),
         Scheme("w4g32", 4, -8, 7, 32, False),
         Scheme("w4g32z", 4, -8, 7, 32, True),
+        Scheme("w8a8", 8, -127, 127, None, False, activations=True),
     )
 }
 
@@ -87,3 +91,32 @@ def quantize(weight: Tensor, how: Scheme) -> tuple[Tensor, Tensor, Tensor | None
     zero = zero.reshape(scale.shape).to(torch.int8)  # all zeros for a symmetric scheme
     q = quantize_affine(weight, block, scale, zero, torch.int8, *limits)
     return q, scale, zero if how.zero_point else None
+
+
+#: Fractions of an activation's range that the search for its scale tries.
+_CLIPS = tuple(1 - 0.03 * i for i in range(25))
+#: Values that the search's error is taken over, at most.
+_VALUES = 1 << 17
+
+
+def activation_range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale () float32 and zero point () uint8 of least squared error for a layer's input, of any shape.
+
+    The grid is (q − zero point) · scale with q in 0 … 255; zero is on it, as padding needs. The scale is a
+    number that float16 holds exactly.
+    """
+    import torch
+
+    flat = values.detach().reshape(-1).float()
+    low, high = flat.min().clamp_max(0), flat.max().clamp_min(0)
+    sample = flat[:: -(-len(flat) // _VALUES)]
+    best: tuple[float, Tensor, Tensor] | None = None
+    for clip in _CLIPS:
+        scale = ((high - low) * clip / 255).clamp_min(MIN_SCALE).half().float()
+        zero = (-torch.round(low * clip / scale)).clamp(0, 255)
+        rounded = ((torch.round(sample / scale) + zero).clamp(0, 255) - zero) * scale
+        error = float((rounded - sample).square().sum())
+        if best is None or error < best[0]:
+            best = (error, scale, zero.to(torch.uint8))
+    assert best is not None
+    return best[1], best[2]

@@ -91,7 +91,7 @@ def test_outputs_of_real_layers_keep_more_than_by_rounding(name: str, kind: str)
         x = nn.functional.avg_pool2d(mixed, 3, 1, 1).contiguous() + 0.5
     held_out, fed = x[: len(x) // 4], x[len(x) // 4 :]
     how = SCHEMES[name]
-    solved = solve_layer(layer, name, fed, fed)
+    solved = solve_layer(layer, name, "gptq", fed, fed)
     original = layer.weight.detach().clone()
     expected = layer(held_out)
 
