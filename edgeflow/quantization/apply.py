@@ -32,7 +32,7 @@ from edgeflow.quantization.layers import (
     replace_weight,
 )
 from edgeflow.quantization.prompts import calibration_prompts
-from edgeflow.quantization.recipe import NEAREST, Plan, Recipe, with_rounding
+from edgeflow.quantization.recipe import NEAREST, Plan, Recipe, rounds_activations, with_rounding
 from edgeflow.quantization.schemes import FLOAT, SCHEMES, quantize
 from edgeflow.staging import staged_folder
 
@@ -85,8 +85,8 @@ def quantize_checkpoint(
     A recipe that rounds activations, or not to the nearest, takes ``calibration``, as calibrated_recipe
     gives it with the recipe; a layer that the calibration does not reach is rounded to nearest
     and noted. Everything else keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the
-    float checkpoint's name and hash. Equal inputs give equal bytes, with calibration on the same machine with as many threads. Raises
-    UsageError for a checkpoint that is quantized already, ExportError for one that edgeflow cannot export,
+    float checkpoint's name and hash. Equal inputs give equal bytes, with calibration on the same machine with
+    as many threads. Raises UsageError for a checkpoint that is quantized already, ExportError for one that edgeflow cannot export,
     ConfigError for a recipe that does not fit it, OutputExistsError.
     """
     from edgeflow.components import check_exportable
@@ -133,8 +133,7 @@ def _left(recipe: Recipe, reports: list[LayerReport], solved: dict[tuple[str, st
 
 def _calibrated(recipe: Recipe) -> bool:
     """Whether the recipe takes calibration pictures."""
-    named = {name for rule in recipe.rules for name in (rule.scheme, rule.fallback) if name in SCHEMES}
-    return recipe.rounding != NEAREST or any(SCHEMES[name].activations for name in named)
+    return recipe.rounding != NEAREST or rounds_activations(recipe.raw)
 
 
 def calibrated_recipe(

@@ -14,8 +14,9 @@ layer that does not divide into groups takes the rule's ``fallback`` scheme and 
 an error.
 ``rounding`` (optional) is how the integers were chosen: ``{"method": "nearest"}``, or ``gptq`` with the
 prompts, pictures and seed it was calibrated on.
-``gates`` (optional) is what the quantization gap must hold at the pipeline's picture; ``found_by`` and
-``measured`` say where the recipe comes from and are free in form.
+``gates`` (optional) is what the quantization gap must hold at the pipeline's picture (``sqnr_db``,
+``psnr_db``) and, for a recipe that rounds activations, other limits of ``lowering`` and ``end-to-end`` in dB;
+``found_by`` and ``measured`` say where the recipe comes from and are free in form.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ SCHEMA = 1
 RECIPES = Path(__file__).parent / "recipes"
 #: What a recipe's own gates may limit, at the pipeline's picture.
 GATES = ("sqnr_db", "psnr_db")
+#: Parity's gates that a recipe which rounds activations may set: a value that lies between two steps of its
+#: grid goes to one or the other by the last bit of its float, and no two runtimes agree on that bit.
+BUNDLE_GATES = ("lowering", "end-to-end")
 #: How integers are chosen: each weight by itself, or so that layers keep outputs (quantization.gptq).
 NEAREST, GPTQ = METHODS = ("nearest", "gptq")
 _KEYS = {"schema", "name", "rules", "rounding", "gates", "found_by", "measured"}
@@ -105,9 +109,14 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         wrong.append(f"name: expected a text, got {raw.get('name')!r}")
     gates = raw.get("gates", {})
     if not isinstance(gates, dict) or not all(
-        k in GATES and type(v) in (int, float) for k, v in gates.items()
+        k in (*GATES, *BUNDLE_GATES) and type(v) in (int, float) for k, v in gates.items()
     ):
-        wrong.append(f"gates: expected numbers for some of {', '.join(GATES)}, got {gates!r}")
+        known = ", ".join((*GATES, *BUNDLE_GATES))
+        wrong.append(f"gates: expected numbers for some of {known}, got {gates!r}")
+    elif set(gates) & set(BUNDLE_GATES) and not rounds_activations(raw):
+        wrong.append(
+            f"gates: {' and '.join(BUNDLE_GATES)}: expected a rule that rounds activations, found none"
+        )
     rounding = raw.get("rounding", {"method": NEAREST})
     if not isinstance(rounding, dict) or rounding.get("method") not in METHODS:
         wrong.append(f"rounding: expected a method, one of {', '.join(METHODS)}, got {rounding!r}")
@@ -120,6 +129,17 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
     if wrong:
         raise ConfigError(f"recipe: {where}: {'; '.join(wrong)}")
     return Recipe(raw["name"], tuple(Rule(**rule) for rule in rules), dict(gates), rounding["method"], raw)
+
+
+def rounds_activations(raw: Mapping[str, Any] | None) -> bool:
+    """Whether some rule of a recipe's JSON, None for no recipe, rounds the inputs of layers."""
+    rules = (raw or {}).get("rules")
+    named = (
+        [r.get(k) for r in rules if isinstance(r, dict) for k in ("scheme", "fallback")]
+        if isinstance(rules, list)
+        else []
+    )
+    return any(SCHEMES[name].activations for name in named if isinstance(name, str) and name in SCHEMES)
 
 
 def with_rounding(recipe: Recipe, rounding: Mapping[str, Any]) -> Recipe:
