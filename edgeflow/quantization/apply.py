@@ -26,6 +26,7 @@ from edgeflow.quantization.layers import (
     INPUT_SCALE,
     INPUT_ZERO_POINT,
     INTEGERS,
+    PALETTE,
     SCALE,
     ZERO_POINT,
     quantizable_layers,
@@ -33,7 +34,7 @@ from edgeflow.quantization.layers import (
 )
 from edgeflow.quantization.prompts import calibration_prompts
 from edgeflow.quantization.recipe import NEAREST, Plan, Recipe, rounds_activations, with_rounding
-from edgeflow.quantization.schemes import FLOAT, SCHEMES, quantize
+from edgeflow.quantization.schemes import FLOAT, PALETTES, SCHEMES, palettize, quantize
 from edgeflow.staging import staged_folder
 
 #: A recipe's component → the checkpoint's part, and where in the part its layers lie.
@@ -86,8 +87,8 @@ def quantize_checkpoint(
     gives it with the recipe; a layer that the calibration does not reach is rounded to nearest
     and noted. Everything else keeps the dtype it is stored in; edgeflow.json gets the recipe verbatim and the
     float checkpoint's name and hash. Equal inputs give equal bytes, with calibration on the same machine with
-    as many threads. Raises UsageError for a checkpoint that is quantized already, ExportError for one that edgeflow cannot export,
-    ConfigError for a recipe that does not fit it, OutputExistsError.
+    as many threads. Raises UsageError for a checkpoint that is quantized already, ExportError for one that
+    edgeflow cannot export, ConfigError for a recipe that does not fit it, OutputExistsError.
     """
     from edgeflow.components import check_exportable
     from edgeflow.loading import load_part
@@ -123,7 +124,7 @@ def _left(recipe: Recipe, reports: list[LayerReport], solved: dict[tuple[str, st
     """What is said of layers that calibration does not reach or that have no input to round."""
     for r in reports:
         result = solved.get((r.component, r.layer))
-        if r.scheme == FLOAT or not _calibrated(recipe):
+        if r.scheme not in SCHEMES or not _calibrated(recipe):
             continue
         if result is None:
             yield f"{r.component}: {r.layer}: calibration does not reach it: rounded to nearest"
@@ -204,7 +205,13 @@ def _quantized_state(
         weight = state[f"{name}.weight"]
         before = after = weight.nbytes
         sqnr = None
-        if how != FLOAT:
+        if how in PALETTES:
+            original = state.pop(f"{name}.weight").float()
+            indices, palette = palettize(original, PALETTES[how])
+            state |= {f"{name}.{INTEGERS}": indices, f"{name}.{PALETTE}": palette.half()}
+            after = indices.nbytes + palette.half().nbytes
+            sqnr = metrics.sqnr_db(original.numpy(), palette[indices.long()].numpy())
+        elif how != FLOAT:
             scheme = SCHEMES[how]
             original = state.pop(f"{name}.weight").float()
             result = solved.get(name) or Solved(Solution(*quantize(original, scheme)))
@@ -264,15 +271,16 @@ def _write_rest(checkpoint: Checkpoint, recipe: Recipe, stage: Path) -> None:
 def load_integers(checkpoint: Checkpoint, part: str) -> dict[str, dict[str, np.ndarray]]:
     """Layer → ``q`` int8 (unpacked, in the weight's shape), ``scale`` float16, maybe ``zero_point`` int8.
 
-    A layer whose input is rounded has ``input_scale`` () float16 and ``input_zero_point`` () uint8 as well.
+    A palettized layer has ``q`` uint8 and ``palette`` float16 alone. A layer whose input is rounded has
+    ``input_scale`` () float16 and ``input_zero_point`` () uint8 as well.
     """
     state = _stored_state(checkpoint, part)
     keys = {"q": INTEGERS, "scale": SCALE, "zero_point": ZERO_POINT}
-    keys |= {name: name for name in (INPUT_SCALE, INPUT_ZERO_POINT)}
+    keys |= {"palette": PALETTE} | {name: name for name in (INPUT_SCALE, INPUT_ZERO_POINT)}
     found = {}
     for name, stored in checkpoint.quantized_layers(part).items():
         tensors = {key: state[f"{name}.{end}"] for key, end in keys.items() if f"{name}.{end}" in state}
-        if stored.bits == 4:
+        if stored.bits == 4 and not stored.palette:
             tensors["q"] = unpack(tensors["q"])
         found[name] = {key: tensor.numpy() for key, tensor in tensors.items()}
     return found
@@ -289,19 +297,21 @@ def load_quantized(checkpoint: Checkpoint, part: str, make: Callable[[], nn.Modu
     for name, stored in checkpoint.quantized_layers(part).items():
         if name not in layers:
             raise CheckpointError(f"checkpoint: {where}: quantized layer {name!r} is not one of the model's")
-        q, scale = state.pop(f"{name}.{INTEGERS}"), state.pop(f"{name}.{SCALE}")
+        q, scale = state.pop(f"{name}.{INTEGERS}"), state.pop(f"{name}.{SCALE}", None)
+        palette = state.pop(f"{name}.{PALETTE}", None)
+        scale, palette = (None if t is None else t.float() for t in (scale, palette))
         zero = state.pop(f"{name}.{ZERO_POINT}", None)
         grid = None
         if stored.activations:
             grid = state.pop(f"{name}.{INPUT_SCALE}").float(), state.pop(f"{name}.{INPUT_ZERO_POINT}")
-        q = unpack(q) if stored.bits == 4 else q
+        q = unpack(q) if stored.bits == 4 and not stored.palette else q
         try:
-            replace_weight(layers[name], q, scale.float(), zero, stored.bits, grid)
+            replace_weight(layers[name], q, scale, zero, stored.bits, grid, palette)
         except ValueError as error:
             raise CheckpointError(f"checkpoint: {where}: quantized layer {name!r}: {error}") from error
     own = {name.removeprefix(_WRAPPER): name for name in module.state_dict()}
     given = {own.get(name, name): t.float() if t.is_floating_point() else t for name, t in state.items()}
-    ends = (INTEGERS, SCALE, ZERO_POINT, INPUT_SCALE, INPUT_ZERO_POINT)
+    ends = (INTEGERS, SCALE, ZERO_POINT, PALETTE, INPUT_SCALE, INPUT_ZERO_POINT)
     try:
         missing, unexpected = module.load_state_dict(given, strict=False)
     except RuntimeError as error:

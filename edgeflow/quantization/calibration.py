@@ -26,7 +26,7 @@ from edgeflow.noise import gaussian_noise
 from edgeflow.quantization.gptq import Moments, Solution, solve
 from edgeflow.quantization.layers import dequantize, quantize_activation
 from edgeflow.quantization.recipe import NEAREST
-from edgeflow.quantization.schemes import FLOAT, SCHEMES, activation_range, quantize
+from edgeflow.quantization.schemes import SCHEMES, activation_range, quantize
 from edgeflow.spec import FIRST_TIMESTEP, GenerationSpec
 from edgeflow.tokenizer import ClipTokenizer
 
@@ -73,7 +73,7 @@ def solve_layers(
     layer's name. The modules are as they were when this returns.
     """
     solved: dict[tuple[str, str], Solved] = {}
-    total = sum(how != FLOAT for plan in schemes.values() for how in plan.values())
+    total = sum(how in SCHEMES for plan in schemes.values() for how in plan.values())
     replaced: list[nn.Module] = []
 
     def keep(component: str, name: str) -> Callable[[Solved], None]:
@@ -85,7 +85,7 @@ def solve_layers(
 
     for component, plan in schemes.items():
         for name, how in plan.items():
-            if how != FLOAT:
+            if how in SCHEMES:
                 layer = layers[component][name]
                 layer.forward = _Twin(layer, how, method, keep(component, name))  # type: ignore[assignment]
                 replaced.append(layer)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeflow.errors import ConfigError, UnknownNameError
-from edgeflow.quantization.schemes import FLOAT, SCHEMES
+from edgeflow.quantization.schemes import FLOAT, PALETTES, SCHEMES
 from edgeflow.spec import COMPONENTS
 
 SCHEMA = 1
@@ -157,8 +157,8 @@ def _wrong_rule(rule: Any) -> list[str]:
     ]
     known = {
         "component": COMPONENTS,
-        "scheme": (*SCHEMES, FLOAT),
-        "fallback": (*SCHEMES, FLOAT),
+        "scheme": (*SCHEMES, *PALETTES, FLOAT),
+        "fallback": (*SCHEMES, *PALETTES, FLOAT),
         "unmatched": ("error", "report"),
     }
     for key, names in known.items():
@@ -215,4 +215,4 @@ def _first(rules: tuple[Rule, ...], component: str, name: str) -> int | None:
 
 
 def _divides(scheme: str, shape: tuple[int, ...]) -> bool:
-    return scheme == FLOAT or SCHEMES[scheme].divides(shape)
+    return scheme not in SCHEMES or SCHEMES[scheme].divides(shape)

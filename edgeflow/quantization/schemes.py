@@ -8,9 +8,9 @@ Blocks lie along axis 1, a weight's input channels, and never across output chan
     w4g32    int4 −8…7       (1, 32)           (1, 32, 1, 1)       (O, I/32, kh, kw)
 
 ``w4g32z`` is ``w4g32`` with an int4 zero point for each block. ``w8a8`` is ``w8`` with the layer's input in
-uint8: one scale and one zero point for the whole tensor, found on calibration pictures. Scales are
-float32 numbers that float16 holds exactly, so that bundles of both precisions carry the same scales; integers
-are rounded with that very scale.
+uint8: one scale and one zero point for the whole tensor, found on calibration pictures. ``w6`` and ``w4`` are
+look-up tables, one a weight (see PALETTES). Scales are float32 numbers that float16 holds exactly, so that
+bundles of both precisions carry the same scales; integers are rounded with that very scale.
 """
 
 from __future__ import annotations
@@ -63,6 +63,34 @@ SCHEMES = {
         Scheme("w8a8", 8, -127, 127, None, False, activations=True),
     )
 }
+
+
+#: Look-up tables, which Core ML alone has: scheme → bits of an index; one table of 2^bits a weight.
+PALETTES = {"w6": 6, "w4": 4}
+_PALETTE_STEPS = 60
+
+
+def palettize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """k-means of a weight's values: indices uint8 of its shape, table (2^bits,) float32, rising.
+
+    Lloyd's algorithm from the values' quantiles, which no chance enters; ``weight`` ≈ table[indices]. Table
+    values are numbers that float16 holds exactly.
+    """
+    import torch
+
+    values = weight.detach().double().flatten().sort().values
+    count = 1 << bits
+    places = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * len(values)).long()
+    table = values[places]
+    sums = torch.cat((torch.zeros(1, dtype=torch.float64), values.cumsum(0)))
+    for _ in range(_PALETTE_STEPS):
+        cuts = torch.searchsorted(values, (table[1:] + table[:-1]) / 2)
+        ends = torch.cat((torch.tensor([0]), cuts, torch.tensor([len(values)])))
+        sizes = ends.diff()
+        table = torch.where(sizes > 0, sums[ends].diff() / sizes.clamp_min(1), table)
+    table = table.half().float().sort().values
+    indices = torch.searchsorted((table[1:] + table[:-1]) / 2, weight.detach().float().contiguous())
+    return indices.to(torch.uint8), table
 
 
 def scheme(name: str) -> Scheme:

@@ -16,6 +16,7 @@ import pytest
 
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
+from edgeflow.errors import UsageError
 from edgeflow.export import PRECISIONS, export_model
 from edgeflow.parity import measure
 from edgeflow.parity_report import FAIL, LOWERING, PASS, QUANTIZATION, UNGATED, UNMEASURED, render
@@ -361,6 +362,52 @@ def test_rounded_activations_are_the_references_but_for_ties(backend: str, round
     lowering = {m.precision: m for m in report.measurements if m.gap == LOWERING}
     assert [m.status for m in lowering.values()] == [PASS] * 2, render(report)
     assert lowering["fp32"].gate == 30 and max(lowering["fp32"].values) > 100
+
+
+# --- palettes -------------------------------------------------------------------------------------------
+
+
+def palettes_of(path: Path) -> collections.Counter[Weight]:
+    """Indices and table of each constexpr_lut_to_dense, with the bits that the package gives an index."""
+    from edgeflow.runtimes.mil_reader import Constant, read_package
+
+    found: collections.Counter[Weight] = collections.Counter()
+    for op in read_package(path).operations:
+        if op.type == "constexpr_lut_to_dense":
+            bound = (op.parameters[name][0] for name in ("indices", "lut"))
+            indices, table = (b.value for b in bound if isinstance(b, Constant))
+            found[indices.shape, indices.tobytes(), table.astype(np.float32).tobytes()] += 1
+    return found
+
+
+def test_palettes_are_core_mls_alone_and_hold_the_checkpoints_very_bits(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    quantize_checkpoint(checkpoint, read_recipe("w6"), tmp_path / "model")
+    model = Checkpoint.open(tmp_path / "model")
+    with pytest.raises(UsageError, match="Core ML alone can hold; expected --to coreml, got onnx"):
+        export_model(model, backends=["coreml", "onnx"], out=tmp_path / "bundles")
+    assert not (tmp_path / "bundles").exists()
+    bundles = [
+        Bundle.open(path)
+        for path in export_model(model, backends=["coreml"], precisions=PRECISIONS, out=tmp_path / "bundles")
+    ]
+    expected: collections.Counter[Weight] = collections.Counter()
+    for part in ("text_encoder", "unet", "vae"):
+        for name, layer in load_integers(model, part).items():
+            if "time_emb" not in name:
+                table = layer["palette"].astype(np.float32)
+                assert table.shape == (64,) and layer["q"].max() < 64
+                expected[layer["q"].shape, layer["q"].tobytes(), table.tobytes()] += 1
+    for bundle in bundles:
+        assert palettes_of(bundle.root / bundle.manifest.graphs[0].file) == expected
+    report = measure(bundles, against=model, num_prompts=2, unquantized=checkpoint)
+    assert report.passed, render(report)
+    (gap,) = (m for m in report.measurements if m.gap == QUANTIZATION and m.metric == "psnr_db")
+    assert 30 < gap.worst < 80
+    weights = sum(e.bytes for n, e in bundles[1].manifest.files.items() if n.endswith("weight.bin"))
+    indices = sum(len(shape_q[1]) * 6 / 8 * count for shape_q, count in expected.items())
+    assert indices < weights < 1.5 * indices  # packed: six bits an index, the rest stays float
 
 
 @pytest.mark.slow  # three more exports; that float bundles repeat is in the fast tests
