@@ -134,8 +134,8 @@ def _check_palettes(checkpoint: Checkpoint, jobs: Sequence[_Job]) -> None:
         for name, layer in checkpoint.quantized_layers(part).items():
             if layer.palette:
                 raise UsageError(
-                    f"export: {checkpoint.name}: {part}: {name}: a w{layer.bits} palette, which Core ML alone "
-                    f"can hold; expected --to coreml, got {backends[0]}"
+                    f"export: {checkpoint.name}: {part}: {name}: a w{layer.bits} palette, which Core ML "
+                    f"alone can hold; expected --to coreml, got {backends[0]}"
                 )
 
 

@@ -80,8 +80,9 @@ def palettize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     values = weight.detach().double().flatten().sort().values
     count = 1 << bits
-    places = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * len(values)).long()
-    table = values[places]
+    distinct = values.unique()
+    places = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * len(distinct)).long()
+    table = distinct[places]
     sums = torch.cat((torch.zeros(1, dtype=torch.float64), values.cumsum(0)))
     for _ in range(_PALETTE_STEPS):
         cuts = torch.searchsorted(values, (table[1:] + table[:-1]) / 2)
