@@ -90,7 +90,7 @@ def _part(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
 def _weights(checkpoint: Checkpoint, part: str) -> Iterator[tuple[str, int]]:
     layers = checkpoint.quantized_layers(part)
     for layer in layers.values():
-        yield f"int{layer.bits}", layer.numel
+        yield f"{'table' if layer.palette else 'int'}{layer.bits}", layer.numel
     for name, tensor in checkpoint.stored_tensors(part).items():
         if not name.endswith(ENDS):
             yield _DTYPES.get(tensor.dtype, tensor.dtype), tensor.numel

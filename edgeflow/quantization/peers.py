@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import logging
 import sys
@@ -66,10 +67,13 @@ OURS = (
 )
 
 
-def our_rows(checkpoint: Checkpoint, samples: tuple[Sample, ...], work: Path) -> Iterator[Row]:
+def our_rows(
+    checkpoint: Checkpoint, samples: tuple[Sample, ...], work: Path, prompts: str | None
+) -> Iterator[Row]:
     for bits, name, rounding, backend in OURS:
         out = work / f"{name}-{rounding}"
-        recipe, drawn = calibrated_recipe(checkpoint, read_recipe(name), rounding, None, PICTURES)
+        source = None if rounding == "nearest" else prompts
+        recipe, drawn = calibrated_recipe(checkpoint, read_recipe(name), rounding, source, PICTURES)
         quantize_checkpoint(checkpoint, recipe, out, calibration=drawn)
         model = Checkpoint.open(out)
         (bundle,) = export_model(model, backends=[backend], out=work / f"{name}-{rounding}-bundles")
@@ -252,18 +256,20 @@ def table(rows: list[Row]) -> str:
 @click.command(context_settings=options.CONTEXT)
 @click.argument("model")
 @click.option("--num-prompts", type=click.IntRange(min=1), default=8, show_default=True, metavar="N")
+@click.option("--calibration", metavar="NAME|FILE", help="Prompts, as in edgeflow quantize.")
 @options.json_option
-def main(model: str, num_prompts: int, as_json: bool) -> None:
+def main(model: str, num_prompts: int, calibration: str | None, as_json: bool) -> None:
     """Quantize MODEL by edgeflow and by each backend's own tool, and print how far the pictures move."""
     try:
         checkpoint = Checkpoint.open(model)
         samples = reference_from_checkpoint(checkpoint, checkpoint.generation.prompts, num_prompts).samples
         rows = []
         with tempfile.TemporaryDirectory() as work:
-            for source in (peer_rows, our_rows):
-                for row in source(checkpoint, samples, Path(work)):
-                    print(f"{row.tool} {row.setting}: {row.said or 'done'}", file=sys.stderr)
-                    rows.append(row)
+            peers = peer_rows(checkpoint, samples, Path(work))
+            ours = our_rows(checkpoint, samples, Path(work), calibration)
+            for row in itertools.chain(peers, ours):
+                print(f"{row.tool} {row.setting}: {row.said or 'done'}", file=sys.stderr)
+                rows.append(row)
     except EdgeflowError as error:
         raise SystemExit(f"Error: {error}") from error
     if as_json:

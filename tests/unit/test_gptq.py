@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.components import load_components
-from edgeflow.errors import UnknownNameError, UsageError
+from edgeflow.errors import ConfigError, UnknownNameError, UsageError
 from edgeflow.quantization import prompts as lists
 from edgeflow.quantization import recipe as recipes
 from edgeflow.quantization.apply import calibrated_recipe, quantize_checkpoint
 from edgeflow.quantization.calibration import solve_layer
 from edgeflow.quantization.gptq import Moments, Solution, solve
-from edgeflow.quantization.layers import dequantize
-from edgeflow.quantization.schemes import SCHEMES, Scheme, quantize
+from edgeflow.quantization.layers import dequantize, quantize_activation
+from edgeflow.quantization.schemes import SCHEMES, Scheme, activation_range, quantize
+from edgeflow.runtimes import mil_quantize_ops
 
 TINY = Scheme("tiny", 4, -8, 7, None, False)
 
@@ -109,6 +110,53 @@ def test_outputs_of_real_layers_keep_more_than_by_rounding(name: str, kind: str)
     assert torch.equal(scale, scale.half().float()) and tuple(scale.shape) == how.scale_shape(original.shape)
     assert how.quant_min <= int(solved.solution.q.min()) and int(solved.solution.q.max()) <= how.quant_max
     assert (solved.solution.zero_point is not None) == how.zero_point
+
+
+# --- activations ----------------------------------------------------------------------------------------
+
+
+def test_the_op_is_pytorchs_own_fake_quantization() -> None:
+    x = random(4, 5, 6, seed=3) * 3
+    scale, zero = activation_range(x)
+    expected = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero), 0, 255)
+    torch.testing.assert_close(quantize_activation(x, scale, zero), expected)
+    ties = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 1000.0])
+    found = quantize_activation(ties, torch.tensor(1.0), torch.tensor(3, dtype=torch.uint8))
+    assert found.tolist() == [0.0, 2.0, 2.0, 0.0, -2.0, 252.0]
+
+
+def test_core_mls_operations_are_the_same_rounding() -> None:
+    x = random(3, 7, seed=4)
+    scale, zero = activation_range(x)
+    q = mil_quantize_ops.quantize(x, scale, "uint8", zero)
+    assert torch.equal(mil_quantize_ops.dequantize(q, scale, zero), quantize_activation(x, scale, zero))
+    rows = torch.tensor([0.1, 0.2, 0.3])
+    by_row = mil_quantize_ops.quantize(x, rows, "int8", axis=torch.tensor(0))
+    expected = torch.stack([torch.round(r / s).clamp(-128, 127) for r, s in zip(x, rows, strict=True)])
+    assert torch.equal(by_row, expected)
+
+
+def test_a_range_gives_up_outliers_where_that_costs_less_and_keeps_zero() -> None:
+    x = random(20000, seed=5)
+    x[7] = 40.0
+    scale, zero = activation_range(x)
+    assert 255 * float(scale) < 35 and float(scale) == float(scale.half())
+    whole = (x.max() - x.min()) / 255
+    plain = torch.fake_quantize_per_tensor_affine(x, float(whole), round(float(-x.min() / whole)), 0, 255)
+    assert (quantize_activation(x, scale, zero) - x).square().sum() < (plain - x).square().sum()
+    for values in (torch.full((10,), 3.0), torch.full((10,), -3.0), torch.zeros(10)):
+        grid = activation_range(values)
+        assert float(quantize_activation(torch.zeros(1), *grid)) == 0
+        torch.testing.assert_close(quantize_activation(values, *grid), values, atol=0.02, rtol=0)
+
+
+def test_gates_of_bundles_are_for_recipes_that_round_activations() -> None:
+    rule = {"component": "unet", "pattern": "*", "scheme": "w8"}
+    raw = {"schema": 1, "name": "a", "rules": [rule], "gates": {"lowering": 20}}
+    with pytest.raises(ConfigError, match="expected a rule that rounds activations"):
+        recipes.parse_recipe(raw, "here")
+    raw["rules"] = [{**rule, "scheme": "w8a8"}]
+    assert recipes.parse_recipe(raw, "here").gates == {"lowering": 20}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------
