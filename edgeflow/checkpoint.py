@@ -23,7 +23,7 @@ from typing import Any
 from edgeflow import facts as model_facts
 from edgeflow.errors import CheckpointError, UnknownNameError, UsageError
 from edgeflow.facts import FACTS, KINDS, PARTS, SCHEMA, read_json
-from edgeflow.quantization.stored import INTEGERS, SCALE, ZERO_POINT, StoredLayer, quantized_layers
+from edgeflow.quantization.stored import ENDS, StoredLayer, quantized_layers
 from edgeflow.spec import FIRST_TIMESTEP, GenerationSpec
 from edgeflow.weights import StoredTensor, read_safetensors_header
 
@@ -200,8 +200,7 @@ class Checkpoint:
 
     def num_parameters(self, part: str) -> int:
         """Number of weights of a part, from the safetensors headers alone; scales are none."""
-        own = (INTEGERS, SCALE, ZERO_POINT)
-        floats = sum(t.numel for name, t in self.stored_tensors(part).items() if not name.endswith(own))
+        floats = sum(t.numel for name, t in self.stored_tensors(part).items() if not name.endswith(ENDS))
         return floats + sum(layer.numel for layer in self.quantized_layers(part).values())
 
     def files(self, part: str) -> list[Path]:

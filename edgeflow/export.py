@@ -74,6 +74,7 @@ def export_model(
     from edgeflow import components as comp
 
     comp.check_exportable(checkpoint)
+    _check_palettes(checkpoint, jobs)
     with _no_trace(out), ExitStack() as stack:
         stages = [stack.enter_context(staged_folder(out / job.name, force=force)) for job in jobs]
         progress("loading the checkpoint")
@@ -122,6 +123,20 @@ def plan(
         for layout in dict.fromkeys(layouts)
         for precision in dict.fromkeys(precisions)
     ]
+
+
+def _check_palettes(checkpoint: Checkpoint, jobs: Sequence[_Job]) -> None:
+    """Raise UsageError for a backend that has no look-up tables, for a checkpoint of them. Reads headers."""
+    backends = [job.exporter.backend for job in jobs if not getattr(job.exporter, "palettes", False)]
+    if not backends or checkpoint.quantization is None:
+        return
+    for part in ("text_encoder", "unet", "vae"):
+        for name, layer in checkpoint.quantized_layers(part).items():
+            if layer.palette:
+                raise UsageError(
+                    f"export: {checkpoint.name}: {part}: {name}: a w{layer.bits} palette, which Core ML "
+                    f"alone can hold; expected --to coreml, got {backends[0]}"
+                )
 
 
 def _programs(

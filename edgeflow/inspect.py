@@ -11,6 +11,7 @@ from typing import Any
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.generate import default_runtime, open_model
+from edgeflow.quantization.stored import ENDS
 
 #: safetensors' names of dtypes in NumPy's and torch's words.
 _DTYPES = {
@@ -89,9 +90,9 @@ def _part(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
 def _weights(checkpoint: Checkpoint, part: str) -> Iterator[tuple[str, int]]:
     layers = checkpoint.quantized_layers(part)
     for layer in layers.values():
-        yield f"int{layer.bits}", layer.numel
+        yield f"{'table' if layer.palette else 'int'}{layer.bits}", layer.numel
     for name, tensor in checkpoint.stored_tensors(part).items():
-        if name.rpartition(".weight_")[0] not in layers:
+        if not name.endswith(ENDS):
             yield _DTYPES.get(tensor.dtype, tensor.dtype), tensor.numel
 
 

@@ -25,7 +25,7 @@ from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
 from edgeflow.generate import backend_version, is_fused, load_runtime, run_pipeline
-from edgeflow.parity_quantization import quantization_rows
+from edgeflow.parity_quantization import quantization_rows, recipe_gates
 from edgeflow.parity_reference import (
     CHECKPOINT,
     OUTPUTS,
@@ -140,7 +140,7 @@ def measure(
             rows += quantization_rows(bundle, checkpoint, reference, floats)
             notes += _notes(spec, reference)
         say(f"{label}: {runtime or bundle.manifest.backend}")
-        rows += _bundle_rows(bundle, label, runtime, reference, limits)
+        rows += _bundle_rows(bundle, label, runtime, reference, {**recipe_gates(bundle), **limits})
     return ParityReport(tuple(rows), _versions(rows), tuple(notes))
 
 

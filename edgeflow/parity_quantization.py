@@ -16,6 +16,7 @@ from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import CheckpointError, EdgeflowError
 from edgeflow.parity_reference import OUTPUTS, Reference, is_local
 from edgeflow.parity_report import QUANTIZATION, Measurement, judged, model_row
+from edgeflow.quantization.recipe import BUNDLE_GATES
 from edgeflow.spec import COMPONENTS, PIPELINE
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ def quantization_rows(
             )
             rows.append(replace(row, status=judged(row)))
     return rows
+
+
+def recipe_gates(bundle: Bundle) -> dict[str, float]:
+    """Limits of a bundle's own gaps that its recipe sets instead of the starting ones."""
+    gates = (bundle.manifest.recipe or {}).get("gates", {})
+    return {name: limit for name, limit in gates.items() if name in BUNDLE_GATES}
 
 
 def _outputs(component: Component, graph: str, reference: Reference, timestep: float) -> list[Any]:

@@ -1,4 +1,7 @@
-"""``edgeflow::dequantize`` as ONNX's ``DequantizeLinear`` (opset 21): int8 per axis, int4 in blocks."""
+"""``edgeflow::dequantize`` as ONNX's ``DequantizeLinear`` (opset 21): int8 per axis, int4 in blocks.
+
+``edgeflow::quantize_activation`` is ``QuantizeLinear`` and ``DequantizeLinear``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import ml_dtypes
 import onnx_ir as ir
 from onnxscript import opset21 as op
 
-from edgeflow.exporters.program import Program, dequantize_op
+from edgeflow.exporters.program import Program, dequantize_op, quantize_activation_op
 
 _INTEGERS = {4: (ir.DataType.INT4, ml_dtypes.int4), 8: (ir.DataType.INT8, "int8")}
 
@@ -19,7 +22,11 @@ def _translate(q: Any, scale: Any, zero_point: Any, bits: int) -> Any:
     return op.DequantizeLinear(*arguments, axis=1, block_size=0)
 
 
-TRANSLATIONS = {dequantize_op(): _translate}
+def _translate_activation(x: Any, scale: Any, zero_point: Any) -> Any:
+    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+
+TRANSLATIONS = {dequantize_op(): _translate, quantize_activation_op(): _translate_activation}
 
 
 def settle(model: ir.Model, program: Program) -> None:
@@ -30,6 +37,8 @@ def settle(model: ir.Model, program: Program) -> None:
         if node.op_type != "DequantizeLinear":
             continue
         q, scale, *zero_point = node.inputs
+        if q is not None and q.producer() is not None:  # an activation's
+            continue
         assert q is not None and scale is not None and q.name is not None
         bits, scales = widths[q.name], _constant(scale)
         blocks = bits == 4 or scales.size > len(scales)  # also where a group is all input channels

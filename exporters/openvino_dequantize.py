@@ -3,6 +3,8 @@
 A weight in groups is cut along an axis of its own, (O, I, …) → (O, G, I/G, …), so that scales broadcast, and
 brought back by a Reshape. In an fp16 bundle all of this is float16, with a Convert to float32 at the end, as
 OpenVINO's own weight compression writes it.
+
+``edgeflow::quantize_activation`` is ``FakeQuantize`` of 256 levels between the grid's ends.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from edgeflow.exporters.program import Program
 
 #: torch.export's name of the op.
 _TARGET = "edgeflow.dequantize.default"
+_INPUT_TARGET = "edgeflow.quantize_activation.default"
 _TYPES = {4: openvino.Type.i4, 8: openvino.Type.i8}
 
 
@@ -38,6 +41,7 @@ def convert_quantized(program: Program, precision: str) -> openvino.Model:
     frontend = FrontEndManager().load_by_framework("pytorch")
     floats = "f16" if precision == "fp16" else "f32"
     frontend.add_extension(ConversionExtension(_TARGET, partial(_dequantize, floats)))
+    frontend.add_extension(ConversionExtension(_INPUT_TARGET, _quantize_activation))
     with _quiet():
         decoder = TorchFXPythonDecoder.from_exported_program(program.exported)
     loaded = frontend.load(decoder)  # it holds no reference to the decoder, which must outlive it
@@ -70,6 +74,13 @@ def _dequantize(floats: str, context: Any) -> Any:
     if q.shape != shape:
         weight = ops.reshape(weight, ops.constant(np.array(shape, np.int64)), False)
     return (weight if floats == "f32" else ops.convert(weight, "f32")).outputs()
+
+
+def _quantize_activation(context: Any) -> Any:
+    scale, zero_point = (_array(context.get_input(i)) for i in (1, 2))
+    assert scale is not None and zero_point is not None
+    low, high = (ops.constant(np.float32((q - int(zero_point)) * np.float32(scale))) for q in (0, 255))
+    return ops.fake_quantize(context.get_input(0), low, high, low, high, 256).outputs()
 
 
 def _array(output: Any) -> NDArray[Any] | None:

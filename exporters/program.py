@@ -28,6 +28,13 @@ def dequantize_op() -> Any:
     return torch.ops.edgeflow.dequantize.default
 
 
+def quantize_activation_op() -> Any:
+    """The op that rounds a layer's input; see edgeflow.quantization.layers."""
+    from edgeflow.quantization import layers  # noqa: F401 - defines the op
+
+    return torch.ops.edgeflow.quantize_activation.default
+
+
 def has_quantized_weights(program: Program) -> bool:
     """Whether some weight of the program is integers and scales."""
     return bool(program.exported.graph_module.graph.find_nodes(op="call_function", target=dequantize_op()))

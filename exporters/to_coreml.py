@@ -41,6 +41,7 @@ class CoreMLExporter:
 
     backend: ClassVar[str] = "coreml"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    palettes: ClassVar[bool] = True  # look-up tables, of schemes w6 and w4
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeflow.errors import RuntimeFailure
-from edgeflow.runtimes import checks, mil_constexpr_ops, mil_layout_ops  # noqa: F401 (they register)
+from edgeflow.runtimes import checks, mil_constexpr_ops, mil_layout_ops, mil_quantize_ops  # noqa: F401
 from edgeflow.runtimes.mil_ops import OPERATIONS, Definition
 from edgeflow.runtimes.mil_reader import Constant, Operation, Program, TensorType, Value, read_package
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
 from edgeflow.errors import RuntimeFailure
+from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
 from edgeflow.spec import GraphSpec
 
@@ -97,6 +98,9 @@ def _session(bundle: Bundle, graph: GraphSpec, providers: Sequence[str]) -> ort.
     options.log_severity_level = _ERRORS_ONLY
     # By default a quantized weight's product rounds its activations to int8 as well; 1 keeps them float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if rounds_activations(bundle.manifest.recipe):
+        # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     path = inside(bundle.root, graph.file)
     try:
         session = ort.InferenceSession(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
 from edgeflow.errors import RuntimeFailure
+from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
 from edgeflow.spec import GraphSpec
 
@@ -62,6 +63,9 @@ def _compile(core: ov.Core, bundle: Bundle, graph: GraphSpec) -> ov.CompiledMode
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": checks.num_threads(),
     }
+    if rounds_activations(bundle.manifest.recipe):
+        # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
+        config["LP_TRANSFORMS_MODE"] = "NO"
     try:
         model = core.compile_model(str(path), "CPU", config)
     except RuntimeError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command(
     context_settings=options.CONTEXT,
     epilog=options.example(
-        "edgeflow quantize emoji --recipe w8 -o emoji-w8",
+        "edgeflow quantize emoji --recipe w4g32 --rounding gptq -o emoji-w4g32",
         "edgeflow quantize emoji --budget-mib 8 -o emoji-8mib",
     ),
 )
@@ -64,11 +64,41 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="The sensitivity.json of an earlier search, instead of measuring again.",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "gptq"]),
+    help="How integers are chosen: each weight by itself, or so that layers keep their outputs on "
+    "calibration prompts.  [default: the recipe's]",
+)
+@click.option(
+    "--calibration",
+    metavar="NAME|FILE",
+    help="Prompts to calibrate on: a shipped list or a text file, one a line.  "
+    "[default: the list of the model's name]",
+)
+@click.option(
+    "--pictures",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="How many calibration pictures to draw.",
+)
 @options.out_option("Folder of the quantized checkpoint.")
 @options.force_option
 @options.json_option
 @options.verbosity
-def command(model: str, recipe: str | None, out: Path, force: bool, as_json: bool, **search: Any) -> None:
+def command(
+    model: str,
+    recipe: str | None,
+    rounding: str | None,
+    calibration: str | None,
+    pictures: int,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    **search: Any,
+) -> None:
     """Round MODEL's weights to the integers and scales that RECIPE asks for, and write them as a checkpoint.
 
     MODEL is a built-in model (emoji), a checkpoint folder or a hub id, and must draw in one step. The result
@@ -90,7 +120,7 @@ def command(model: str, recipe: str | None, out: Path, force: bool, as_json: boo
         if path is not None and path.exists() and not force:  # known before minutes are spent
             raise OutputExistsError(path)
     checkpoint = Checkpoint.open(model)
-    from edgeflow.quantization.apply import quantize_checkpoint
+    from edgeflow.quantization.apply import calibrated_recipe, quantize_checkpoint
 
     found: Found | None = None
     with ExitStack() as stack:
@@ -102,7 +132,8 @@ def command(model: str, recipe: str | None, out: Path, force: bool, as_json: boo
             if folder is not None:
                 with staged_folder(folder, force=force) as stage:
                     found.write(stage)
-        report = quantize_checkpoint(checkpoint, rules, out, force=force, progress=say)
+        rules, drawn = calibrated_recipe(checkpoint, rules, rounding or rules.rounding, calibration, pictures)
+        report = quantize_checkpoint(checkpoint, rules, out, calibration=drawn, force=force, progress=say)
     quantized = Checkpoint.open(out)
     if as_json:
         facts = {"path": str(out), "hash": quantized.hash, "bytes": _bytes(quantized)}

@@ -12,28 +12,36 @@ whole name, dots included) matches its name; a layer without a rule stays float,
 A rule that no layer takes is an error, or a line of the report where it says ``"unmatched": "report"``. A
 layer that does not divide into groups takes the rule's ``fallback`` scheme and is reported; without one it is
 an error.
-``gates`` (optional) is what the quantization gap must hold at the pipeline's picture; ``found_by`` and
-``measured`` say where the recipe comes from and are free in form.
+``rounding`` (optional) is how the integers were chosen: ``{"method": "nearest"}``, or ``gptq`` with the
+prompts, pictures and seed it was calibrated on.
+``gates`` (optional) is what the quantization gap must hold at the pipeline's picture (``sqnr_db``,
+``psnr_db``) and, for a recipe that rounds activations, other limits of ``lowering`` and ``end-to-end`` in dB;
+``found_by`` and ``measured`` say where the recipe comes from and are free in form.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from edgeflow.errors import ConfigError, UnknownNameError
-from edgeflow.quantization.schemes import FLOAT, SCHEMES
+from edgeflow.quantization.schemes import FLOAT, PALETTES, SCHEMES
 from edgeflow.spec import COMPONENTS
 
 SCHEMA = 1
 RECIPES = Path(__file__).parent / "recipes"
 #: What a recipe's own gates may limit, at the pipeline's picture.
 GATES = ("sqnr_db", "psnr_db")
-_KEYS = {"schema", "name", "rules", "gates", "found_by", "measured"}
+#: Parity's gates that a recipe which rounds activations may set: a value that lies between two steps of its
+#: grid goes to one or the other by the last bit of its float, and no two runtimes agree on that bit.
+BUNDLE_GATES = ("lowering", "end-to-end")
+#: How integers are chosen: each weight by itself, or so that layers keep outputs (quantization.gptq).
+NEAREST, GPTQ = METHODS = ("nearest", "gptq")
+_KEYS = {"schema", "name", "rules", "rounding", "gates", "found_by", "measured"}
 _RULE_KEYS = {"component", "pattern", "scheme", "fallback", "unmatched"}
 
 
@@ -55,6 +63,7 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
     gates: Mapping[str, float] = field(default_factory=dict)
+    rounding: str = NEAREST
     raw: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -100,9 +109,17 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         wrong.append(f"name: expected a text, got {raw.get('name')!r}")
     gates = raw.get("gates", {})
     if not isinstance(gates, dict) or not all(
-        k in GATES and type(v) in (int, float) for k, v in gates.items()
+        k in (*GATES, *BUNDLE_GATES) and type(v) in (int, float) for k, v in gates.items()
     ):
-        wrong.append(f"gates: expected numbers for some of {', '.join(GATES)}, got {gates!r}")
+        known = ", ".join((*GATES, *BUNDLE_GATES))
+        wrong.append(f"gates: expected numbers for some of {known}, got {gates!r}")
+    elif set(gates) & set(BUNDLE_GATES) and not rounds_activations(raw):
+        wrong.append(
+            f"gates: {' and '.join(BUNDLE_GATES)}: expected a rule that rounds activations, found none"
+        )
+    rounding = raw.get("rounding", {"method": NEAREST})
+    if not isinstance(rounding, dict) or rounding.get("method") not in METHODS:
+        wrong.append(f"rounding: expected a method, one of {', '.join(METHODS)}, got {rounding!r}")
     rules = raw.get("rules")
     if not isinstance(rules, list) or not rules:
         wrong.append(f"rules: expected a list of rules, got {rules!r}")
@@ -111,7 +128,24 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         wrong += [f"rule {i}: {reason}" for reason in _wrong_rule(rule)]
     if wrong:
         raise ConfigError(f"recipe: {where}: {'; '.join(wrong)}")
-    return Recipe(raw["name"], tuple(Rule(**rule) for rule in rules), dict(gates), raw)
+    return Recipe(raw["name"], tuple(Rule(**rule) for rule in rules), dict(gates), rounding["method"], raw)
+
+
+def rounds_activations(raw: Mapping[str, Any] | None) -> bool:
+    """Whether some rule of a recipe's JSON, None for no recipe, rounds the inputs of layers."""
+    rules = (raw or {}).get("rules")
+    named = (
+        [r.get(k) for r in rules if isinstance(r, dict) for k in ("scheme", "fallback")]
+        if isinstance(rules, list)
+        else []
+    )
+    return any(SCHEMES[name].activations for name in named if isinstance(name, str) and name in SCHEMES)
+
+
+def with_rounding(recipe: Recipe, rounding: Mapping[str, Any]) -> Recipe:
+    """The recipe with another way of choosing integers, which its JSON says as well."""
+    raw = {**recipe.raw, "rounding": dict(rounding)}
+    return replace(recipe, rounding=str(rounding["method"]), raw=raw)
 
 
 def _wrong_rule(rule: Any) -> list[str]:
@@ -123,8 +157,8 @@ def _wrong_rule(rule: Any) -> list[str]:
     ]
     known = {
         "component": COMPONENTS,
-        "scheme": (*SCHEMES, FLOAT),
-        "fallback": (*SCHEMES, FLOAT),
+        "scheme": (*SCHEMES, *PALETTES, FLOAT),
+        "fallback": (*SCHEMES, *PALETTES, FLOAT),
         "unmatched": ("error", "report"),
     }
     for key, names in known.items():
@@ -181,4 +215,4 @@ def _first(rules: tuple[Rule, ...], component: str, name: str) -> int | None:
 
 
 def _divides(scheme: str, shape: tuple[int, ...]) -> bool:
-    return scheme == FLOAT or SCHEMES[scheme].divides(shape)
+    return scheme not in SCHEMES or SCHEMES[scheme].divides(shape)

@@ -6,6 +6,7 @@ The artifacts are read by their own formats' tools: onnx, OpenVINO's IR, and the
 from __future__ import annotations
 
 import collections
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import pytest
 
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
+from edgeflow.errors import UsageError
 from edgeflow.export import PRECISIONS, export_model
 from edgeflow.parity import measure
 from edgeflow.parity_report import FAIL, LOWERING, PASS, QUANTIZATION, UNGATED, UNMEASURED, render
-from edgeflow.quantization.apply import load_integers, quantize_checkpoint
-from edgeflow.quantization.recipe import parse_recipe, read_recipe
+from edgeflow.quantization.apply import calibrated_recipe, load_integers, quantize_checkpoint
+from edgeflow.quantization.recipe import RECIPES, parse_recipe, read_recipe
 
 for _package in ("onnx", "onnxruntime", "openvino", "coremltools"):
     pytest.importorskip(_package)
@@ -100,7 +102,7 @@ def read_onnx(path: Path) -> list[Weight]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     found = []
     for node in graph.node:
-        if node.op_type != "DequantizeLinear":
+        if node.op_type != "DequantizeLinear" or node.input[0] not in constants:  # an activation's
             continue
         attributes = {a.name: a.i for a in node.attribute}
         tensors = [constants[name] for name in node.input]
@@ -235,6 +237,177 @@ def test_without_the_float_checkpoint_the_gap_is_said_to_be_unmeasured(exported:
     report = measure([bundle], against=model_of(bundle), num_prompts=1)
     (row,) = (m for m in report.measurements if m.gap == QUANTIZATION)
     assert row.status == UNMEASURED and "--unquantized" in str(row.reason)
+
+
+# --- activations ----------------------------------------------------------------------------------------
+
+#: Inputs rounded in linears and convolutions, of which one has no bias; text and keys and values keep theirs.
+W8A8: dict[str, Any] = {
+    **json.loads((RECIPES / "w8a8.json").read_text()),
+    "gates": {"lowering": 30, "end-to-end": 30},
+}
+
+
+@pytest.fixture(scope="module")
+def rounded(
+    checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Bundle]]:
+    """backend → its two bundles of a model whose activations are rounded; each backend is exported once."""
+    folder = tmp_path_factory.mktemp("rounded")
+    recipe, calibration = calibrated_recipe(checkpoint, parse_recipe(W8A8, "test"), "nearest", "emoji", 4)
+    quantize_checkpoint(checkpoint, recipe, folder / "model", calibration=calibration)
+    done: dict[str, list[Bundle]] = {}
+
+    def bundles(backend: str) -> list[Bundle]:
+        if backend not in done:
+            model = Checkpoint.open(folder / "model")
+            paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
+            done[backend] = [Bundle.open(path) for path in paths]
+        return done[backend]
+
+    return bundles
+
+
+def onnx_grids(path: Path) -> list[tuple[float, int]]:
+    """(scale, zero point) of each pair of QuantizeLinear and DequantizeLinear on an activation."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    dequantize = {n.input[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    found = []
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert node.input[1:] == dequantize[node.output[0]].input[1:]
+            scale, zero = (constants[name] for name in node.input[1:])
+            assert zero.dtype == np.uint8 and scale.shape == zero.shape == ()
+            found.append((float(scale), int(zero)))
+    return found
+
+
+def openvino_grids(path: Path) -> list[tuple[float, int]]:
+    """The grid of each FakeQuantize, from its ends: low = −zero · scale, high = (255 − zero) · scale."""
+    import openvino
+
+    found = []
+    for node in openvino.Core().read_model(path).get_ordered_ops():
+        if node.get_type_name() == "FakeQuantize":
+            ends = [port.get_source_output().get_node() for port in node.inputs()[1:]]
+            low, high, *out = (float(np.array(end.data).reshape(())) for end in ends)
+            assert out == [low, high] and node.get_attributes()["levels"] == 256
+            scale = np.float32(np.float16((high - low) / 255))  # the ends themselves are checked below
+            found.append((float(scale), round(-low / float(scale))))
+            assert low == np.float32(-found[-1][1] * scale) and high == np.float32(
+                (255 - found[-1][1]) * scale
+            )
+    return found
+
+
+def coreml_grids(path: Path) -> list[tuple[float, int]]:
+    from edgeflow.runtimes.mil_reader import Constant, read_package
+
+    operations = read_package(path).operations
+    constants = {
+        op.outputs[0].name: op.parameters["val"][0].value  # type: ignore[union-attr]
+        for op in operations
+        if op.type == "const"
+    }
+
+    def values(op: Any) -> list[Any]:
+        given = {name: bound[0] for name, bound in op.parameters.items()}
+        parts = [given.get("scale"), given.get("zero_point", Constant(np.array(0)))]
+        return [float(p.value if isinstance(p, Constant) else constants[p]) for p in parts]  # type: ignore
+
+    back = {op.parameters["input"][0]: op for op in operations if op.type == "dequantize"}
+    found = []
+    for op in operations:
+        if op.type == "quantize":
+            scale, zero = values(op)
+            assert values(back[op.outputs[0].name]) == [scale, zero]
+            kind = str(given_text(op.parameters["output_dtype"][0], constants))
+            found.append((scale, int(zero) + (128 if kind == "int8" else 0)))
+    return found
+
+
+def given_text(bound: Any, constants: dict[str, Any]) -> Any:
+    return constants[bound] if isinstance(bound, str) else bound.value
+
+
+GRIDS = {"onnx": onnx_grids, "openvino": openvino_grids, "coreml": coreml_grids}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activations_hold_the_checkpoints_very_grids(backend: str, rounded: Any) -> None:
+    for bundle in rounded(backend):
+        model = model_of(bundle)
+        expected: collections.Counter[Any] = collections.Counter()
+        for part in ("unet", "vae"):
+            for name, layer in load_integers(model, part).items():
+                if "input_scale" in layer:
+                    expected[float(layer["input_scale"]), int(layer["input_zero_point"])] += 1
+                else:
+                    assert name.endswith(("attn2.to_k", "attn2.to_v")) or "time_emb" in name, name
+        (graph,) = bundle.manifest.graphs
+        assert collections.Counter(GRIDS[backend](bundle.root / graph.file)) == expected
+        assert collections.Counter(READ[backend](bundle.root / graph.file)) == stored(model)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounded_activations_are_the_references_but_for_ties(backend: str, rounded: Any) -> None:
+    """A value between two steps falls by its float's last bit and takes others with it, hence the gate.
+
+    Where none does, fp32 agrees to the last digits; over four prompts at least one is such.
+    """
+    report = measure(rounded(backend), against=model_of(rounded(backend)[0]), num_prompts=4)
+    lowering = {m.precision: m for m in report.measurements if m.gap == LOWERING}
+    assert [m.status for m in lowering.values()] == [PASS] * 2, render(report)
+    assert lowering["fp32"].gate == 30 and max(lowering["fp32"].values) > 100
+
+
+# --- palettes -------------------------------------------------------------------------------------------
+
+
+def palettes_of(path: Path) -> collections.Counter[Weight]:
+    """Indices and table of each constexpr_lut_to_dense, with the bits that the package gives an index."""
+    from edgeflow.runtimes.mil_reader import Constant, read_package
+
+    found: collections.Counter[Weight] = collections.Counter()
+    for op in read_package(path).operations:
+        if op.type == "constexpr_lut_to_dense":
+            bound = (op.parameters[name][0] for name in ("indices", "lut"))
+            indices, table = (b.value for b in bound if isinstance(b, Constant))
+            found[indices.shape, indices.tobytes(), table.astype(np.float32).tobytes()] += 1
+    return found
+
+
+def test_palettes_are_core_mls_alone_and_hold_the_checkpoints_very_bits(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    quantize_checkpoint(checkpoint, read_recipe("w6"), tmp_path / "model")
+    model = Checkpoint.open(tmp_path / "model")
+    with pytest.raises(UsageError, match="Core ML alone can hold; expected --to coreml, got onnx"):
+        export_model(model, backends=["coreml", "onnx"], out=tmp_path / "bundles")
+    assert not (tmp_path / "bundles").exists()
+    bundles = [
+        Bundle.open(path)
+        for path in export_model(model, backends=["coreml"], precisions=PRECISIONS, out=tmp_path / "bundles")
+    ]
+    expected: collections.Counter[Weight] = collections.Counter()
+    for part in ("text_encoder", "unet", "vae"):
+        for name, layer in load_integers(model, part).items():
+            if "time_emb" not in name:
+                table = layer["palette"].astype(np.float32)
+                assert table.shape == (64,) and layer["q"].max() < 64
+                expected[layer["q"].shape, layer["q"].tobytes(), table.tobytes()] += 1
+    for bundle in bundles:
+        assert palettes_of(bundle.root / bundle.manifest.graphs[0].file) == expected
+    report = measure(bundles, against=model, num_prompts=2, unquantized=checkpoint)
+    assert report.passed, render(report)
+    (gap,) = (m for m in report.measurements if m.gap == QUANTIZATION and m.metric == "psnr_db")
+    assert 30 < gap.worst < 80
+    weights = sum(e.bytes for n, e in bundles[1].manifest.files.items() if n.endswith("weight.bin"))
+    indices = sum(len(shape_q[1]) * 6 / 8 * count for shape_q, count in expected.items())
+    assert indices < weights < 1.5 * indices  # packed: six bits an index, the rest stays float
 
 
 @pytest.mark.slow  # three more exports; that float bundles repeat is in the fast tests

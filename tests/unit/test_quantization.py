@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from edgeflow.inspect import describe
 from edgeflow.quantization import recipe as recipes
 from edgeflow.quantization.apply import load_integers, pack, quantize_checkpoint, unpack
 from edgeflow.quantization.layers import dequantize
-from edgeflow.quantization.schemes import SCHEMES, quantize
+from edgeflow.quantization.schemes import SCHEMES, palettize, quantize
 
 RULES = [{"component": "unet", "pattern": "*", "scheme": "w4g32", "fallback": "w8"}]
 
@@ -75,6 +76,23 @@ def test_packing_keeps_every_int4() -> None:
     assert packed.shape == (3, 32, 1, 1) and packed.dtype == torch.uint8
     assert int(packed[0, 0, 0, 0]) == (-8 & 15) | ((-7 & 15) << 4)
     assert torch.equal(unpack(packed), q)
+
+
+def test_a_palette_is_the_best_of_all_cuts_on_a_case_small_enough_to_try_them() -> None:
+    """Optimal 1-D clusters are runs of the sorted values: every way to cut 12 values into 4 runs."""
+    values = np.array([-3.0, -2.9, -2.7, -1.0, -0.9, -0.85, 0.4, 0.5, 0.45, 2.0, 2.2, 2.1])
+    runs = np.sort(values)
+    best = min(
+        sum(float(((part - part.mean()) ** 2).sum()) for part in np.split(runs, cuts))
+        for cuts in itertools.combinations(range(1, 12), 3)
+    )
+    indices, table = palettize(torch.tensor(values, dtype=torch.float32).reshape(3, 4), 2)
+    assert indices.shape == (3, 4) and indices.dtype == torch.uint8 and table.shape == (4,)
+    error = float((table[indices.long()].numpy().reshape(-1).astype(np.float64) - values).__pow__(2).sum())
+    assert abs(error - best) < 1e-3
+    exact = torch.randint(0, 16, (64, 32), generator=torch.Generator().manual_seed(0)).float() / 8 - 1
+    indices, table = palettize(exact, 4)
+    assert torch.equal(table[indices.long()], exact)
 
 
 # --- recipes --------------------------------------------------------------------------------------------
