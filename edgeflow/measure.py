@@ -371,21 +371,46 @@ def _open(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-def cold_starts(
-    model: str, prompt: str, seed: int, times: int, *, threads: int | None = None
-) -> Iterator[float]:
+def configurations(
+    models: Sequence[str], *, runtime: str | None = None, threads: int | None = None, seed: int = 0
+) -> list[Configuration]:
+    """One configuration a model, by its folder's name, or by as much of its path as tells it apart."""
+    names = distinct_names(models)
+    return [
+        Configuration(model, runtime, threads, name, seed=seed)
+        for model, name in zip(models, names, strict=True)
+    ]
+
+
+def distinct_names(sources: Sequence[str], names: Sequence[str] | None = None) -> list[str]:
+    """Names of models (by default their folders'); where some are alike, with the folders above them."""
+    paths = [Path(source).resolve().parts if Path(source).exists() else (source,) for source in sources]
+    given = list(names) if names is not None else [parts[-1] for parts in paths]
+    made = list(given)
+    for i, name in enumerate(given):
+        alike = [k for k, other in enumerate(given) if other == name and paths[k] != paths[i]]
+        depth = 1
+        while depth < len(paths[i]) and any(paths[k][-depth:] == paths[i][-depth:] for k in alike):
+            depth += 1
+        if alike:
+            made[i] = "/".join(paths[i][-depth:])
+    return made
+
+
+def cold_starts(wanted: Configuration, times: int) -> Iterator[float]:
     """Milliseconds from process start to a saved PNG, by ``edgeflow generate`` itself, ``times`` times."""
-    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    env = {**os.environ, **({"OMP_NUM_THREADS": str(wanted.threads)} if wanted.threads else {})}
+    prompt = wanted.prompt if wanted.prompt is not None else open_model(wanted.model).generation.prompts[0]
+    asked = [wanted.model, prompt, "--seed", str(wanted.seed)]
+    asked += ["--runtime", wanted.runtime] if wanted.runtime else []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(times):
             out = Path(folder) / f"{number}.png"
-            argv = [sys.executable, "-P", "-m", "edgeflow.cli", "generate", model, prompt]
+            argv = [sys.executable, "-P", "-m", "edgeflow.cli", "generate", *asked, "-o", str(out)]
             start = time.monotonic()
-            done = subprocess.run(
-                [*argv, "--seed", str(seed), "-o", str(out)], capture_output=True, text=True, env=env
-            )
+            done = subprocess.run(argv, capture_output=True, text=True, env=env)
             elapsed = (time.monotonic() - start) * 1000
             if done.returncode or not out.is_file():
                 words = done.stderr.strip().splitlines() or ["it said nothing"]
-                raise RuntimeFailure(f"measure: {model}: edgeflow generate failed: {words[-1]}")
+                raise RuntimeFailure(f"measure: {wanted.model}: edgeflow generate failed: {words[-1]}")
             yield elapsed

@@ -42,23 +42,24 @@ def _print(report: VerdictReport, console: Any) -> None:
         from edgeflow.speed import speed_table
 
         console.print(speed_table(report))
-    for line in [*summary(report), *report.notes, *(row.sentence for row in report.rows)]:
+    for line in [*summary(report), *report.notes, *sentences(report)]:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _grid(*columns: str, title: str) -> Any:
+def grid(*columns: str, title: str) -> Any:
+    """An empty ``rich`` table; the first two columns are texts, the others figures."""
     from rich import box
     from rich.table import Table
 
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for number, name in enumerate(columns):
-        grid.add_column(name, justify="left" if number < 2 else "right", overflow="fold", no_wrap=number > 1)
-    return grid
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold", no_wrap=number > 1)
+    return table
 
 
 def _overview(report: VerdictReport) -> Any:
     closeness = [f"{f.column}{' dB' if 'PSNR' in f.column else ''}" for f in CLOSENESS.values()]
-    grid = _grid(
+    table = grid(
         "Model", "runs", "MiB", *(f.column for f in FIGURES.values()), *closeness,
         title=f"against {report.model.name}",
     )  # fmt: skip
@@ -66,8 +67,8 @@ def _overview(report: VerdictReport) -> Any:
         figures = [f"{row.figures[name]:.{f.digits}f}" for name, f in FIGURES.items()]
         near = [show_close(row, name) for name in CLOSENESS]
         cells = (row.name, f"{row.runtime} {row.precision}", f"{row.graph_bytes / _MIB:.2f}", *figures, *near)
-        grid.add_row(*map(_plain, cells), end_section=row is report.model)
-    return grid
+        table.add_row(*map(_plain, cells), end_section=row is report.model)
+    return table
 
 
 def show_close(row: VerdictRow, name: str) -> str:
@@ -79,14 +80,14 @@ def show_close(row: VerdictRow, name: str) -> str:
 
 
 def _changes(report: VerdictReport) -> Any:
-    grid = _grid(
+    table = grid(
         "Model", "figure", "value", "change", "95 % interval", "verdict", title="change, with its interval"
     )
     for row in report.rows:
         for number, (name, change) in enumerate(row.changes.items()):
             digits = FIGURES[name].digits
             colour = {INSIDE: "", WORSE: "red"}.get(change.verdict, "green")
-            grid.add_row(
+            table.add_row(
                 _plain(row.name if number == 0 else ""),
                 heading(name),
                 f"{row.figures[name]:.{digits}f}",
@@ -95,7 +96,15 @@ def _changes(report: VerdictReport) -> Any:
                 f"[{colour}]{change.verdict}[/]" if colour else change.verdict,
                 end_section=number == len(row.changes) - 1,
             )
-    return grid
+    return table
+
+
+def sentences(report: VerdictReport) -> list[str]:
+    """What is said of every row: its pictures, then its speed where it was measured."""
+    from edgeflow.speed import speed_sentence
+
+    said = [speed_sentence(row) for row in report.rows]
+    return [*(row.sentence for row in report.rows), *(sentence for sentence in said if sentence)]
 
 
 def heading(name: str) -> str:

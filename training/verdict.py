@@ -22,8 +22,9 @@ from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import DataError, UsageError
 from edgeflow.generate import backend_version, default_runtime
-from edgeflow.measure import precision_of, sizes_of
+from edgeflow.measure import distinct_names, precision_of, sizes_of
 from edgeflow.metrics import psnr_db
+from edgeflow.parity_reference import find_checkpoint
 from edgeflow.quality import Data
 from edgeflow.training import paired
 from edgeflow.training.agreement import Agreement
@@ -31,7 +32,16 @@ from edgeflow.training.dataset import open_dataset
 from edgeflow.training.distances import cosine_distance
 from edgeflow.training.drawing import Drawer, open_drawers
 from edgeflow.training.features import EfficientNetLite2
-from edgeflow.verdict import FIGURES, Change, Close, VerdictReport, VerdictRow, VerdictSettings, WorstPicture
+from edgeflow.verdict import (
+    FIGURES,
+    Change,
+    Close,
+    Layer,
+    VerdictReport,
+    VerdictRow,
+    VerdictSettings,
+    WorstPicture,
+)
 from edgeflow.verdict_layers import graphs_of, layers_of
 
 _MIN_PROMPTS = 8
@@ -83,7 +93,7 @@ def judge(request: Request, progress: Progress) -> Judged:
     settings = VerdictSettings(seed=request.seed, features=EfficientNetLite2.name)
     drawers = open_drawers([request.against, *request.models])
     _expect_comparable(drawers)
-    names = distinct_names([request.against, *request.models], drawers)
+    names = distinct_names([request.against, *request.models], [d.name for d in drawers])
     prompts, real, eyes, notes = _prepare(request, drawers[0].picture_size, settings, progress)
     seeds = [request.seed + i for i in range(len(prompts))]
     device = torch.device(request.device)
@@ -91,7 +101,7 @@ def judge(request: Request, progress: Progress) -> Judged:
         eyes.view(d.draw(prompts, seeds, device, progress(f"drawing {name}", len(seeds))))
         for d, name in zip(drawers, names, strict=True)
     ]
-    base, *others = (_described(d, name) for d, name in zip(drawers, names, strict=True))
+    base, *others = (_described(d, name, drawers) for d, name in zip(drawers, names, strict=True))
     base = replace(base, figures=_figures(views[0]))
     rows = tuple(
         replace(row, **_compared(view, views[0], eyes, prompts, seeds))
@@ -108,20 +118,6 @@ def _expect_comparable(drawers: Sequence[Drawer]) -> None:
     if len(shapes) > 1:
         sizes = ", ".join(f"{d.name} {d.picture_size}" for d in drawers)
         raise UsageError(f"quality: --against: expected models of one picture and latent size, got: {sizes}")
-
-
-def distinct_names(sources: Sequence[str], drawers: Sequence[Drawer]) -> list[str]:
-    """The drawers' names; where some are alike, with as many of the folders above as tell them apart."""
-    names = [d.name for d in drawers]
-    paths = [Path(source).resolve().parts for source in sources]
-    for i, name in enumerate(names):
-        alike = [k for k, other in enumerate(d.name for d in drawers) if other == name]
-        depth = 1
-        while depth < len(paths[i]) and sum(paths[k][-depth:] == paths[i][-depth:] for k in alike) > 1:
-            depth += 1
-        if len(alike) > 1:
-            names[i] = "/".join(paths[i][-depth:])
-    return names
 
 
 class _Eyes:
@@ -251,7 +247,7 @@ def _middle(values: NDArray[np.float64]) -> float:
     return float(np.sort(values)[(len(values) - 1) // 2])
 
 
-def _described(drawer: Drawer, name: str) -> VerdictRow:
+def _described(drawer: Drawer, name: str, everyone: Sequence[Drawer]) -> VerdictRow:
     """What a model is, before anything is measured."""
     model: Bundle | Checkpoint = drawer.model
     runtime = default_runtime(model)
@@ -272,8 +268,25 @@ def _described(drawer: Drawer, name: str) -> VerdictRow:
         graph_bytes=graphs,
         figures={},
         graphs=graphs_of(model),
-        layers=layers_of(model),
+        layers=_layers(model, [d.model for d in everyone if isinstance(d.model, Checkpoint)]),
     )
+
+
+def _layers(model: Bundle | Checkpoint, known: Sequence[Checkpoint]) -> tuple[Layer, ...]:
+    """The quantized layers, a bundle's from the checkpoint that it was exported from where that is here.
+
+    ``known`` are the checkpoints at hand; the float one among them gives each weight's SQNR.
+    """
+    by_hash = {checkpoint.hash: checkpoint for checkpoint in known}
+    if isinstance(model, Bundle):
+        if model.manifest.recipe is None:
+            return ()
+        found = by_hash.get(model.generation.checkpoint_hash) or find_checkpoint(model, None)[0]
+        if found is None:
+            return ()
+        model = found
+    source = (model.quantization or {}).get("source", {}).get("hash")
+    return layers_of(model, by_hash.get(source))
 
 
 def _versions(drawers: Sequence[Drawer]) -> dict[str, str]:
@@ -283,6 +296,3 @@ def _versions(drawers: Sequence[Drawer]) -> dict[str, str]:
 
 def _runtime(drawer: Drawer) -> str:
     return default_runtime(drawer.model)
-
-
-__all__ = ["Judged", "Request", "judge", "open_drawers"]

@@ -19,7 +19,7 @@ _PATH = click.Path(path_type=Path)
     epilog=options.example(
         "edgeflow quality emoji --data data/emoji",
         "edgeflow quality runs/reflow emoji --data data/emoji --teacher runs/teacher --nfe-curve -o quality",
-        "edgeflow quality bundles/* --against emoji --data data/emoji --gate kid=noise,psnr=38",
+        "edgeflow quality bundles/* --against emoji --data data/emoji --gate kid=noise --html verdict.html",
     ),
 )
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
@@ -80,6 +80,24 @@ _PATH = click.Path(path_type=Path)
     metavar="NAME=VALUE,...",
     help="With --against: a limit, or NAME=noise for not measurably worse; exit code 3 where one fails.",
 )
+@click.option(
+    "--speed",
+    is_flag=True,
+    help="With --against: also time each model in processes of its own, in turns, and weigh its memory.",
+)
+@click.option(
+    "--html",
+    type=_PATH,
+    metavar="FILE",
+    help="With --against: the verdict as one HTML file, with pictures and plots.",
+)
+@click.option(
+    "--sensitivity",
+    type=_PATH,
+    multiple=True,
+    metavar="FILE",
+    help="With --html: a recipe or report with layers' sensitivities to show; may repeat.",
+)
 @options.out_option("Folder to write: quality.json and the sheets.", required=False)
 @options.seed_option
 @options.force_option
@@ -98,6 +116,9 @@ def command(
     device: str,
     against: str | None,
     gates: tuple[str, ...],
+    speed: bool,
+    html: Path | None,
+    sensitivity: tuple[Path, ...],
     out: Path | None,
     seed: int,
     force: bool,
@@ -126,10 +147,14 @@ def command(
         )
         from edgeflow.cli.verdict import Asked, run_verdict
 
-        asked = Asked(models, against, data, split, num_prompts, seed, device, gates, out, force, as_json)
+        asked = Asked(
+            models=models, against=against, data=data, split=split, num_prompts=num_prompts, seed=seed,
+            device=device, gates=gates, speed=speed, html=html, sensitivity=sensitivity, out=out,
+            force=force, as_json=as_json,
+        )  # fmt: skip
         run_verdict(asked, _progress)
         return
-    _refuse_without_against(gate=gates)
+    _refuse_without_against(gate=gates, speed=speed, html=html, sensitivity=sensitivity)
     if out is not None and (out.exists() or out.is_symlink()) and not force:
         raise OutputExistsError(out)  # before an hour's drawing, not after it
     try:

@@ -12,7 +12,7 @@ import pytest
 
 from edgeflow.errors import EdgeflowError, RuntimeFailure
 from edgeflow.generate import Generator
-from edgeflow.measure import Configuration, Plan, Process, cold_starts, measure
+from edgeflow.measure import Configuration, Plan, Process, cold_starts, distinct_names, measure
 from edgeflow.measure_child import STAGES
 from edgeflow.measure_statistics import quantile, ratio, ratio_of_launches, summarize
 
@@ -165,7 +165,15 @@ def test_memory_is_the_childs_own_and_not_what_the_parent_held(make_bundle: Call
 
 
 def test_a_cold_start_is_generate_itself(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    (first,) = cold_starts(str(make_bundle()), "red apple", 0, 1)
+    (first,) = cold_starts(Configuration(str(make_bundle()), prompt="red apple"), 1)
     assert 50 < first < 60_000
     with pytest.raises(RuntimeFailure, match=r"edgeflow generate failed: error: .*nowhere"):
-        list(cold_starts(str(tmp_path / "nowhere"), "red apple", 0, 1))
+        list(cold_starts(Configuration(str(tmp_path / "nowhere"), prompt="red apple"), 1))
+
+
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    places = [str(tmp_path / p) for p in ("a/m", "b/m", "b/n")]
+    for place in places:
+        Path(place).mkdir(parents=True)
+    assert distinct_names([*places, "emoji"]) == ["a/m", "b/m", "n", "emoji"]
+    assert distinct_names([*places, places[0]], ["x", "x", "y", "x"]) == ["a/m", "b/m", "y", "a/m"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -343,13 +342,3 @@ def test_errors(
 def test_gates_need_a_model_to_be_held_against(data: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["quality", "emoji", "--data", str(data), "--gate", "kid=1"]) == 2
     assert "--gate: expected --against MODEL with it" in capsys.readouterr().err
-
-
-def test_models_of_one_name_are_told_apart(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from edgeflow.training.drawing import open_drawers
-    from edgeflow.training.verdict import distinct_names
-
-    places = [tmp_path / "a" / "m", tmp_path / "b" / "m", tmp_path / "b" / "n"]
-    for place in places:
-        shutil.copytree(tiny_checkpoint, place)
-    assert distinct_names([str(p) for p in places], open_drawers(places)) == ["a/m", "b/m", "n"]
