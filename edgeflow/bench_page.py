@@ -56,8 +56,8 @@ def bench_page(report: BenchReport, figures: Figures | None = None) -> str:
     body = [
         f"<h1>Time, memory and size of {count} model{'s' * (count > 1)}</h1>",
         f'<p class="lead">{escape(report.machine["processor"] or report.machine["system"])}, '
-        f"{report.rows[0].threads} threads; every model in {len(report.rows[0].launches_ms)} processes of its "
-        "own, drawing in turns.</p>",
+        f"{report.rows[0].threads} threads; every model in {len(report.rows[0].launches_ms)} processes "
+        "of its own, drawing in turns.</p>",
         listing(sentence(found) for found in report.ratios) if report.ratios else "",
         *_plots(report, figures),
         "<h2>Figures</h2>",
