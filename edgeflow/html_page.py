@@ -40,7 +40,8 @@ tbody tr:last-child td, tbody tr:last-child th { border-bottom: 0; }
 th:first-child, td:first-child, .text { text-align: left; }
 tbody th { color: var(--ink); position: sticky; left: 0; background: var(--card); max-width: 15em;
   white-space: normal; overflow-wrap: anywhere; min-width: 9em; }
-td small, th small { display: block; color: var(--soft); font-size: .78rem; font-weight: 400; }
+td small, th small { display: block; color: var(--soft); font-size: .78rem; font-weight: 400;
+  line-height: 1.35; }
 .chip { display: inline-block; padding: 0 8px; border-radius: 99px; font-size: .78rem; font-weight: 600;
   white-space: nowrap; }
 .same { color: var(--same); background: var(--same-bg); } .worse { color: var(--worse);
@@ -49,7 +50,7 @@ td small, th small { display: block; color: var(--soft); font-size: .78rem; font
 figure { margin: 0; } .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 14px; min-width: 0; }
 svg { display: block; width: 100%; height: auto; max-width: 560px; } svg text { fill: var(--ink);
-  font: 12.5px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+  font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 svg .soft { fill: var(--soft); } svg .axis { stroke: var(--line); } svg .dot { fill: var(--bar); }
 svg .base { fill: var(--mark); } svg .whisker { stroke: var(--bar); stroke-width: 1.5; }
 svg .dashed { stroke: var(--mark); stroke-dasharray: 4 4; }

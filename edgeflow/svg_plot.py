@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edgeflow.html_page import escape
 
-_WIDTH, _HEIGHT = 440, 320
+_WIDTH, _HEIGHT = 400, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 16, 46
 _LINE = 15  # height of a label
 
@@ -40,9 +40,11 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, *, described: str) -> str
     spread = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
     ys = _scale(spread, y.log, _HEIGHT - _BOTTOM, _TOP)
     parts = [*_grid(xs, ys, x, y)]
+    taken: list[tuple[float, float, float, float]] = []
     for p in points:
         if p.base:
             at = ys.place(p.y)
+            taken.append((_LEFT, at - 1, _WIDTH - _RIGHT, at + 1))
             parts.append(
                 f'<line class="dashed" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
             )
@@ -51,7 +53,7 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, *, described: str) -> str
             a, b = ys.place(p.low), ys.place(p.high)
             at = xs.place(p.x)
             parts.append(f'<line class="whisker" x1="{at:.1f}" x2="{at:.1f}" y1="{a:.1f}" y2="{b:.1f}"/>')
-    taken: list[tuple[float, float, float, float]] = []
+            taken.append((at - 2, min(a, b), at + 2, max(a, b)))
     for p in points:
         parts.append(_dot(p, xs.place(p.x), ys.place(p.y)))
         taken.append(_box(xs.place(p.x) - p.size, ys.place(p.y), 2 * p.size, 2 * p.size))
@@ -145,17 +147,23 @@ def _box(x: float, y: float, width: float, height: float) -> tuple[float, float,
 def _label(p: Point, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
     """The point's name, at the first place beside it where nothing else lies yet."""
     name = p.label if len(p.label) <= 30 else "…" + p.label[-29:]
-    width, gap = 6.4 * len(name), p.size + 4
+    width, gap = 6.8 * len(name), p.size + 4
     places = [
         (anchor, x + dx, y + dy)
-        for dy in (0, -_LINE, _LINE, -2 * _LINE, 2 * _LINE, -3 * _LINE, 3 * _LINE, -4 * _LINE, 4 * _LINE)
-        for anchor, dx in (("start", gap), ("end", -gap))
+        for dy in (0, *(sign * n * _LINE for n in range(1, 7) for sign in (-1, 1)))
+        for anchor, dx in (("start", gap), ("end", -gap), ("start", -width / 2))
+        if dy or abs(dx) == gap
     ]
     fitting = [place for place in places if _fits(place, width)]
     free = [place for place in fitting if not any(_overlap(_extent(place, width), t) for t in taken)]
     anchor, tx, ty = (free or fitting or places)[0]
     taken.append(_extent((anchor, tx, ty), width))
-    return f'<text x="{tx:.1f}" y="{ty + 4:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
+    label = f'<text x="{tx:.1f}" y="{ty + 4:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
+    if abs(ty - y) <= _LINE:
+        return label
+    left, top, right, bottom = _extent((anchor, tx, ty), width)  # so far off that a line must lead to it
+    end = min(max(x, left), right), bottom if ty < y else top
+    return f'<line class="axis" x1="{x:.1f}" y1="{y:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"/>{label}'
 
 
 def _extent(place: tuple[str, float, float], width: float) -> tuple[float, float, float, float]:

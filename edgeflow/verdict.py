@@ -37,7 +37,7 @@ FIGURES: dict[str, Figure] = {
     "kid": Figure("KID", 4, False),
     "fd": Figure("FD", 2, False),
     "r_at_1": Figure("R@1", 3, True),
-    "real_distance": Figure("To real", 4, False),
+    "real_distance": Figure("Real distance", 4, False),
 }
 #: Figures that hold a row's pictures against the model's.
 CLOSENESS: dict[str, Figure] = {

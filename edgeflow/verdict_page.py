@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from edgeflow.html_page import bars, chip, document, escape, listing, picture, table
 from edgeflow.speed import show_ratio
 from edgeflow.svg_plot import Axis, Point, scatter
-from edgeflow.verdict import BETTER, CLOSENESS, FIGURES, INSIDE, Layer, VerdictReport, VerdictRow
-from edgeflow.verdict_table import heading, sentences, show_close, summary
+from edgeflow.verdict import BETTER, FIGURES, INSIDE, Layer, VerdictReport, VerdictRow, WorstPicture
+from edgeflow.verdict_table import heading, sentences, show_close, signed, summary
 
 _MIB = 2**20
 #: How many of a model's worst prompts are shown, and how many layers before the rest is folded away.
 NUM_PAIRS, NUM_LAYERS = 8, 16
+#: A model whose worst picture is this near to the model's own has its pictures folded away.
+FOLDED_FROM_DB = 48.0
 #: What a difference of 1 of 255 is multiplied by where the largest one leaves room, at most.
 _GAIN = 16
 
@@ -50,8 +52,8 @@ def verdict_page(report: VerdictReport, pictures: Pictures, sensitivity: Sequenc
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{report.data.prompts} prompts, the same noise for every model; '
         f"differences carry 95&nbsp;% intervals, bootstrapped over prompts.</p>",
-        *_gates(report),
         listing(sentences(report)),
+        *_gates(report),
         "<h2>Figures</h2>",
         _figures(report),
         f'<p class="note">In each cell: the figure, its difference to {escape(report.model.name)} with the '
@@ -76,39 +78,43 @@ def _gates(report: VerdictReport) -> Iterator[str]:
     state = chip("gates failed", "worse") if report.failures else chip("gates passed", "same")
     yield f"<p>{state} <code>{escape(asked)}</code></p>"
     if report.failures:
-        yield listing(report.failures)
+        said = f"<summary>{len(report.failures)} failures</summary>{listing(report.failures)}"
+        yield f"<details open>{said}</details>"
 
 
 def _figures(report: VerdictReport) -> str:
-    head = ["Model", "MiB", *(escape(heading(name)) for name in FIGURES)]
-    head += ["PSNR, worst", "PSNR, median", "FD ratio", "Distance"]
+    head = ["Model", "MiB", "Worst PSNR ↑", "Distance ↓", *(escape(heading(name)) for name in FIGURES)]
     return table(head, [_row(row) for row in (report.model, *report.rows)])
 
 
 def _row(row: VerdictRow) -> list[str]:
     cells = [f"{escape(row.name)}<small>{escape(row.runtime)} {escape(row.precision)}</small>"]
     cells.append(f"{row.graph_bytes / _MIB:.2f}")
+    cells += [_psnr(row), show_close(row, "distance")]
     for name, figure in FIGURES.items():
-        cell = f"{row.figures[name]:.{figure.digits}f}"
+        cell, digits = f"{row.figures[name]:.{figure.digits}f}", figure.digits
         change = row.changes.get(name)
         if change is not None:
-            d = figure.digits
-            cell += f"<small>{change.value:+.{d}f} ({change.low:+.{d}f} … {change.high:+.{d}f})</small>"
+            between = f"{signed(change.low, digits)} … {signed(change.high, digits)}"
+            cell += (
+                f"<small>{_times(row, name)}{signed(change.value, digits)}</small><small>{between}</small>"
+            )
             cell += chip(change.verdict, {INSIDE: "same", BETTER: "better"}.get(change.verdict, "worse"))
         cells.append(cell)
-    for name, unit in (
-        ("psnr_worst_db", " dB"),
-        ("psnr_median_db", " dB"),
-        ("fd_ratio", ""),
-        ("distance", ""),
-    ):
-        shown = show_close(row, name)
-        close, digits = row.closeness.get(name), CLOSENESS[name].digits
-        between = ""
-        if close is not None and close.low < close.high and math.isfinite(close.high):
-            between = f"<small>{close.low:.{digits}f} … {close.high:.{digits}f}</small>"
-        cells.append(shown + (unit if shown not in ("–", "equal") else "") + between)
     return cells
+
+
+def _psnr(row: VerdictRow) -> str:
+    worst, median = (show_close(row, name) for name in ("psnr_worst_db", "psnr_median_db"))
+    if worst in ("–", "equal"):
+        return worst
+    return f"{worst} dB<small>median {median}{'' if median == 'equal' else ' dB'}</small>"
+
+
+def _times(row: VerdictRow, name: str) -> str:
+    """FD's ratio to the model's, which is what gates and goals are given in."""
+    ratio = row.closeness.get("fd_ratio")
+    return f"× {ratio.value:.3f}, " if name == "fd" and ratio is not None else ""
 
 
 # --- plots -----------------------------------------------------------------------------------------------
@@ -202,29 +208,37 @@ def _ratio(speed: Mapping[str, Any], precision: str) -> str:
 
 
 def _pairs(report: VerdictReport, pictures: Pictures) -> Iterator[str]:
-    at = {seed: i for i, seed in enumerate(pictures.seeds)}
     yield "<h2>Worst pictures first</h2>"
     yield (
         f'<p class="note">The prompts whose pictures are farthest from {escape(report.model.name)}\'s. '
         "Differences are amplified by the factor beside them; mid-grey is no difference.</p>"
     )
     for row, drawn in zip(report.rows, pictures.drawn, strict=True):
+        near = row.closeness["psnr_worst_db"].value >= FOLDED_FROM_DB
         yield f"<h3>{escape(row.name)}</h3>"
+        if near:
+            yield "<details><summary>Every picture is so near that no difference can be seen</summary>"
         yield '<div class="pairs">'
-        for worst in row.worst[:NUM_PAIRS]:
-            i = at[worst.seed]
-            quality = "equal" if math.isinf(worst.psnr_db) else f"{worst.psnr_db:.1f} dB"
-            shown, gain = amplified(pictures.model[i], drawn[i])
-            cells = [
-                (pictures.model[i], report.model.name),
-                (drawn[i], row.name),
-                (shown, f"difference × {gain}"),
-                (pictures.real[i], "a real picture"),
-            ]
-            figures = "".join(_captioned(p, f"{worst.prompt}: {what}", what) for p, what in cells)
-            said = f"<b>{escape(worst.prompt)}</b> <span class='quiet'>seed {worst.seed}, {quality}</span>"
-            yield f'<div class="card pair"><div class="what">{said}</div>{figures}</div>'
-        yield "</div>"
+        yield from (
+            _pair(worst, report.model.name, row.name, drawn, pictures) for worst in row.worst[:NUM_PAIRS]
+        )
+        yield "</div></details>" if near else "</div>"
+
+
+def _pair(worst: WorstPicture, model: str, name: str, drawn: NDArray[np.uint8], pictures: Pictures) -> str:
+    """A prompt: the model's picture, the row's, their difference, and a real one."""
+    i = list(pictures.seeds).index(worst.seed)
+    quality = "equal" if math.isinf(worst.psnr_db) else f"{worst.psnr_db:.1f} dB"
+    shown, gain = amplified(pictures.model[i], drawn[i])
+    cells = [
+        (pictures.model[i], model),
+        (drawn[i], name),
+        (shown, f"difference × {gain}"),
+        (pictures.real[i], "a real picture"),
+    ]
+    figures = "".join(_captioned(p, f"{worst.prompt}: {what}", what) for p, what in cells)
+    said = f"<b>{escape(worst.prompt)}</b> <span class='quiet'>seed {worst.seed}, {quality}</span>"
+    return f'<div class="card pair"><div class="what">{said}</div>{figures}</div>'
 
 
 def _captioned(pixels: NDArray[np.uint8], alt: str, caption: str) -> str:

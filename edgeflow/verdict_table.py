@@ -91,8 +91,8 @@ def _changes(report: VerdictReport) -> Any:
                 _plain(row.name if number == 0 else ""),
                 heading(name),
                 f"{row.figures[name]:.{digits}f}",
-                f"{change.value:+.{digits}f}",
-                f"{change.low:+.{digits}f} to {change.high:+.{digits}f}",
+                signed(change.value, digits),
+                f"{signed(change.low, digits)} to {signed(change.high, digits)}",
                 f"[{colour}]{change.verdict}[/]" if colour else change.verdict,
                 end_section=number == len(row.changes) - 1,
             )
@@ -105,6 +105,12 @@ def sentences(report: VerdictReport) -> list[str]:
 
     said = [speed_sentence(row) for row in report.rows]
     return [*(row.sentence for row in report.rows), *(sentence for sentence in said if sentence)]
+
+
+def signed(value: float, digits: int) -> str:
+    """``+0.012``, and ``0`` for what rounds to nothing, which has no sign."""
+    shown = f"{value:+.{digits}f}"
+    return "0" if float(shown) == 0 else shown
 
 
 def heading(name: str) -> str:
@@ -126,7 +132,7 @@ def summary(report: VerdictReport) -> list[str]:
         f"{d.prompts} captions of split {d.split!r} of {d.name}, picture i from seed {s.seed} + i on "
         "every model; a bundle runs in its own runtime",
         f"KID (unbiased), FD: against these captions' own {d.prompts} real pictures; R@1: own caption among "
-        f"{min(s.candidates, d.prompts)}; To real: mean cosine distance of features to the own real picture",
+        f"{min(s.candidates, d.prompts)}; Real distance: mean cosine distance of features to the own real picture",
         f"PSNR, Distance: against {report.model.name}'s picture of the same prompt and noise",
         f"change: less {report.model.name}'s own figure; intervals: bootstrap over prompts, paired, "
         f"{s.resamples} resamples (FD {s.frechet_resamples}); inside the noise: the interval holds 0",
