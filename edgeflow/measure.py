@@ -341,12 +341,12 @@ class Process:
     def _listen(self, expected: str) -> dict[str, Any]:
         """The next event. Raises what the child says went wrong, with its exit code."""
         line = _open(self._child.stdout).readline()
-        event = json.loads(line) if line else {"event": "gone"}
+        event: dict[str, Any] = json.loads(line) if line else {"event": "gone"}
         if event["event"] == expected:
             return event
         if event["event"] == "error":
             failure = RuntimeFailure(event["message"])
-            failure.exit_code = event["exit_code"]
+            failure.exit_code = int(event["exit_code"])
             raise failure
         raise RuntimeFailure(
             f"measure: {self._configuration.model}: the process ended with code {self._child.wait()}: "

@@ -132,7 +132,8 @@ def summary(report: VerdictReport) -> list[str]:
         f"{d.prompts} captions of split {d.split!r} of {d.name}, picture i from seed {s.seed} + i on "
         "every model; a bundle runs in its own runtime",
         f"KID (unbiased), FD: against these captions' own {d.prompts} real pictures; R@1: own caption among "
-        f"{min(s.candidates, d.prompts)}; Real distance: mean cosine distance of features to the own real picture",
+        f"{min(s.candidates, d.prompts)}; Real distance: mean cosine distance of features "
+        "to the own real picture",
         f"PSNR, Distance: against {report.model.name}'s picture of the same prompt and noise",
         f"change: less {report.model.name}'s own figure; intervals: bootstrap over prompts, paired, "
         f"{s.resamples} resamples (FD {s.frechet_resamples}); inside the noise: the interval holds 0",

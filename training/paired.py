@@ -5,6 +5,8 @@ models (an easy or a hard prompt, the few real pictures there are) cancels in th
 
 An interval is the bootstrap's spread around the measured value: a resample repeats prompts, which biases a
 Fréchet distance upwards, so the quantiles are taken about the bootstrap's own mean and laid around the value.
+
+Weights (B, N) float64 say how many copies of each prompt a resample has, one row a resample.
 """
 
 from __future__ import annotations
@@ -18,9 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-#: How many of a prompt's resampled copies there are, one row a resample: (B, N) float64.
-Weights = Tensor
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -31,7 +30,7 @@ class Interval:
     high: float
 
 
-def resamples(count: int, times: int, seed: int) -> Weights:
+def resamples(count: int, times: int, seed: int) -> Tensor:
     """``times`` resamples with replacement of ``count`` prompts, (times, count); a row sums to count."""
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=times)
@@ -45,7 +44,7 @@ def around(value: float, resampled: NDArray[np.float64]) -> Interval:
 
 
 def percentile(
-    statistic: Callable[[NDArray[np.float64]], float], values: NDArray[np.float64], weights: Weights
+    statistic: Callable[[NDArray[np.float64]], float], values: NDArray[np.float64], weights: Tensor
 ) -> Interval:
     """The bootstrap's percentile interval of a statistic of one value a prompt (N,), infinities included."""
     counts = weights.numpy().astype(np.int64)
@@ -59,7 +58,7 @@ def _quantile(values: NDArray[np.float64], q: float) -> float:
     return float(np.sort(values)[round(q * (len(values) - 1))])
 
 
-def mean_change(a: Tensor, b: Tensor, weights: Weights) -> Interval:
+def mean_change(a: Tensor, b: Tensor, weights: Tensor) -> Interval:
     """mean(a) − mean(b) of paired values (N,), with its interval."""
     difference = (a - b).double()
     return around(float(difference.mean()), (weights @ difference / len(difference)).numpy())
@@ -77,7 +76,7 @@ class KernelDistance:
         self._real = real.double()
         self._among_real = _kernel(self._real, self._real).fill_diagonal_(0)
 
-    def __call__(self, fake: Tensor, weights: Weights) -> NDArray[np.float64]:
+    def __call__(self, fake: Tensor, weights: Tensor) -> NDArray[np.float64]:
         """KID (B,) of pictures of the same prompts, for each row of weights (B, N)."""
         fake = fake.double()
         among_fake = _kernel(fake, fake).fill_diagonal_(0)
@@ -98,7 +97,7 @@ class Frechet:
     def __init__(self, real: Tensor):
         self._real = real.double()
 
-    def __call__(self, fake: Tensor, weights: Weights) -> NDArray[np.float64]:
+    def __call__(self, fake: Tensor, weights: Tensor) -> NDArray[np.float64]:
         """FD (B,) of features (N, D) of the same prompts, for each row of weights (B, N)."""
         fake = fake.double()
         return np.array([self._one(fake, row) for row in weights])

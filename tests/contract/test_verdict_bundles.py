@@ -11,6 +11,7 @@ import pytest
 
 from edgeflow.cli import main
 from edgeflow.generate import Generator
+from edgeflow.measure import Plan
 from edgeflow.training.verdict import Request, judge
 from edgeflow.verdict import VerdictSettings
 
@@ -60,9 +61,27 @@ def test_a_bundles_pictures_are_its_runtimes_own(
     assert judged.report.rows[1].graphs[0]["name"] == "pipeline"
 
 
-def test_the_command_gates_bundles(
-    bundles: Callable[[str], Path], tiny_checkpoint: Path, data: Path, capsys: pytest.CaptureFixture
+def test_the_command_gates_times_and_draws_bundles(
+    bundles: Callable[[str], Path],
+    tiny_checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    argv = ["quality", str(bundles("onnx") / "onnx-pipeline-fp16"), "--against", str(tiny_checkpoint)]
-    assert main([*argv, "--data", str(data), "--gate", "psnr=35,distance=0.1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["gates"] == {"psnr": 35.0, "distance": 0.1}
+    monkeypatch.setattr("edgeflow.measure.Plan", lambda: Plan(launches=2, rounds=1, runs=1))
+    models = [str(bundles("onnx") / f"onnx-pipeline-{precision}") for precision in ("fp16", "fp32")]
+    page = tmp_path / "verdict.html"
+    argv = ["quality", *models, "--against", str(tiny_checkpoint), "--data", str(data), "--json"]
+    assert main([*argv, "--gate", "psnr=35,distance=0.1", "--speed", "--html", str(page)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["gates"] == {"psnr": 35.0, "distance": 0.1}
+    assert [row["speed"]["check"].split(",")[0] for row in report["rows"]] == ["the expected picture"] * 2
+    half, full = (row["speed"]["against"] for row in report["rows"])
+    assert [other["precision"] for other in half] == ["fp32"] and [o["name"] for o in full] == [
+        "onnx-pipeline-fp16"
+    ]
+    assert half[0]["value"] == pytest.approx(1 / full[0]["value"])
+    assert report["model"]["speed"]["against"] == []  # torch's own runtime, which no bundle shares
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<img") == 2 * 8 * 4 and "Speed on the machine" in text and "gates passed" in text
