@@ -80,17 +80,22 @@ def _plots(report: BenchReport, figures: Figures | None) -> Iterator[str]:
             Point(row.name, row.warm_ms.median, value, size=_radius(row, largest)) for row, value in judged
         ]
         plot = scatter(
-            points, Axis("ms a picture, median"), Axis("Fréchet distance, less is better"),
+            points, Axis("ms a picture, median", zero=True), Axis("Fréchet distance, less is better"),
             described="Fréchet distance against the time of a picture",
         )  # fmt: skip
         source = escape(figures.source if figures else "")
         yield _figure(plot, f"Area: bytes. Figures: {source}.")
-    points = [Point(row.name, row.graph_bytes / _MIB, row.warm_ms.median) for row in report.rows]
+    points = [
+        Point(row.name, row.graph_bytes / _MIB, row.warm_ms.median, row.warm_ms.low, row.warm_ms.p90)
+        for row in report.rows
+    ]
     plot = scatter(
-        points, Axis("MiB of weights and graphs"), Axis("ms a picture, median"),
+        points, Axis("MiB of weights and graphs", zero=True), Axis("ms a picture, median", zero=True),
         described="The time of a picture against size",
     )  # fmt: skip
-    yield _figure(plot, "Nearer the corner is better.")
+    yield _figure(
+        plot, "Nearer the corner is better. Whiskers: from the fastest picture to the 90th percentile."
+    )
     yield "</div>"
     if figures and len(judged) < len(report.rows):
         absent = [row.name for row, value in known if value is None]
@@ -106,25 +111,27 @@ def _radius(row: BenchRow, largest: int) -> float:
 
 
 def _table(report: BenchReport, figures: Figures | None) -> str:
-    head = ["Model", "Picture", "p90", "First picture", "Load", "Cold start", "Peak RSS", "GPU", "On disk"]
-    head += ["GFLOP/s", "of matrix rate", "FD"]
+    gpu = any(row.peak_gpu_mib is not None for row in report.rows)
+    head = ["Model", "Picture", "First picture", "Load", "Cold start", "Peak RSS", *(["GPU"] if gpu else [])]
+    head += ["On disk", "GFLOP/s", *(["FD"] if figures else [])]
     rows = []
     for row in report.rows:
         share = row.share_of_matrix_rate
         rows.append(
             [
                 f"{escape(row.name)}<small>{escape(row.runtime)} {escape(row.precision)}</small>",
-                f"{row.warm_ms.median:.1f} ms<small>{row.warm_ms.low:.1f} … {row.warm_ms.high:.1f}</small>",
-                f"{row.warm_ms.p90:.1f} ms",
+                f"{row.warm_ms.median:.1f} ms<small>p90 {row.warm_ms.p90:.1f}</small>"
+                f"<small>{row.warm_ms.low:.1f} … {row.warm_ms.high:.1f}</small>",
                 f"{row.first_picture_ms.median:.0f} ms",
                 f"{row.load_ms.median:.0f} ms",
                 "–" if row.cold_start_ms is None else f"{row.cold_start_ms.median:.0f} ms",
                 f"{row.peak_rss_mib:.0f} MiB",
-                "–" if row.peak_gpu_mib is None else f"{row.peak_gpu_mib:.0f} MiB",
+                *([number(row.peak_gpu_mib, 0)] if gpu else []),
                 f"{row.bytes / _MIB:.2f} MiB",
-                number(row.gflop_per_s, 0),
-                "–" if share is None else f"{100 * share:.0f} %",
-                number(figures.of(row.name) if figures else None, 2),
+                "–"
+                if share is None
+                else f"{row.gflop_per_s:.0f}<small>{100 * share:.0f} % of the rate</small>",
+                *([number(figures.of(row.name), 2)] if figures else []),
             ]
         )
     return table(head, rows)

@@ -60,10 +60,11 @@ svg .dashed { stroke: var(--mark); stroke-dasharray: 4 4; }
 .pair .what { grid-column: 1 / -1; font-size: .875rem; }
 .pair img { width: 100%; height: auto; display: block; border-radius: 6px; background: var(--board);
   border: 1px solid var(--line); }
-.bars { display: grid; grid-template-columns: minmax(0, 1.4fr) minmax(0, 2fr) 5.5em; gap: 3px 10px;
+.bars { display: grid; grid-template-columns: minmax(0, 1.4fr) minmax(0, 1.6fr) 8em; gap: 3px 10px;
   font-size: .82rem; align-items: center; }
 .bars .name { overflow-wrap: anywhere; }
-.bars .value { text-align: right; font-variant-numeric: tabular-nums; }
+.bars .value { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .bars i { display: block; height: 9px; border-radius: 3px; background: var(--bar); }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 """

@@ -28,17 +28,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """A title, and whether values are spaced by their logarithm."""
+    """A title, whether the axis begins at 0, and whether values are spaced by their logarithm."""
 
     title: str
+    zero: bool = False
     log: bool = False
 
 
 def scatter(points: Sequence[Point], x: Axis, y: Axis, *, described: str) -> str:
     """The plot; ``described`` is read out in its place. The base's y is drawn across as a dashed line."""
-    xs = _scale([p.x for p in points], x.log, _LEFT, _WIDTH - _RIGHT, from_zero=not x.log)
+    xs = _scale([p.x for p in points], x.log, _LEFT, _WIDTH - _RIGHT, from_zero=x.zero)
     spread = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    ys = _scale(spread, y.log, _HEIGHT - _BOTTOM, _TOP)
+    ys = _scale(spread, y.log, _HEIGHT - _BOTTOM, _TOP, from_zero=y.zero)
     parts = [*_grid(xs, ys, x, y)]
     taken: list[tuple[float, float, float, float]] = []
     for p in points:
@@ -104,7 +105,9 @@ def _scale(
     if log:
         return _Scale(low / 1.25, high * 1.25, True, start, end)
     margin = (high - low or abs(high) or 1.0) * 0.12
-    return _Scale(0.0 if from_zero else low - margin, high + margin, False, start, end)
+    if from_zero:
+        return _Scale(0.0, high * 1.12, False, start, end)
+    return _Scale(low - margin, high + margin, False, start, end)
 
 
 def _grid(xs: _Scale, ys: _Scale, x: Axis, y: Axis) -> list[str]:

@@ -127,7 +127,7 @@ def _plots(report: VerdictReport) -> Iterator[str]:
     for figure, title in (("fd", "Fréchet distance"), ("kid", "KID")):
         points = [_point(row, report.model, figure) for row in everyone]
         plot = scatter(
-            points, Axis("MiB of weights and graphs"), Axis(f"{title}, less is better"),
+            points, Axis("MiB of weights and graphs", zero=True), Axis(f"{title}, less is better"),
             described=f"{title} against size, of {', '.join(row.name for row in everyone)}",
         )  # fmt: skip
         caption = f"Dashed: {report.model.name}. Whiskers: the 95 % interval of the difference to it."
@@ -269,16 +269,19 @@ def _sensitivity(found: Sequence[Sensitivity]) -> Iterator[str]:
 
 
 def _layers(report: VerdictReport) -> Iterator[str]:
-    known = [row for row in report.rows if row.layers]
+    known: dict[tuple[Layer, ...], list[str]] = {}
+    for row in report.rows:
+        if row.layers:  # a checkpoint and its bundles have the same
+            known.setdefault(row.layers, []).append(row.name)
     if known:
         yield "<h2>Weights, layer by layer</h2>"
-    for row in known:
+    for layers, names in known.items():
         bits: dict[int, list[Layer]] = {}
-        for layer in row.layers:
+        for layer in layers:
             bits.setdefault(layer.bits, []).append(layer)
         said = ", ".join(f"{len(group)} layers in {n} bits" for n, group in sorted(bits.items()))
-        yield f"<h3>{escape(row.name)}</h3>"
-        measured = sorted((x for x in row.layers if x.sqnr_db is not None), key=lambda x: x.sqnr_db or 0.0)
+        yield f"<h3>{escape(', '.join(names))}</h3>"
+        measured = sorted((x for x in layers if x.sqnr_db is not None), key=lambda x: x.sqnr_db or 0.0)
         if not measured:
             yield f'<p class="note">{said}; the float weights are not at hand to measure against.</p>'
             continue
