@@ -212,3 +212,14 @@ def test_errors(
     assert main(["bench", *(word.format(bundle=bundle) for word in argv)]) == code
     captured = capsys.readouterr()
     assert captured.out == "" and said in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_checkpoint_is_timed_component_by_component(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["bench", str(tiny_checkpoint), "--launches", "1", "--runs", "1", "--threads", "1", "--json"]
+    assert main(argv) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert set(row["parts_ms"]) == set(row["gflop"]) == {"text_encoder", "unet", "decoder"}
+    assert (row["runtime"], row["check"]) == ("torch", "its own pictures") and row["cold_start_ms"] is None
+    assert row["gflop_per_s"] == pytest.approx(sum(row["gflop"].values()) / row["warm_ms"]["median"] * 1000)
