@@ -58,7 +58,9 @@ class Drawer:
         self, captions: Sequence[str], seeds: Sequence[int], device: torch.device, progress: Progress
     ) -> Tensor:
         """uint8 pictures (N, 3, S, S) on the CPU; picture i starts from the noise of ``seeds[i]``."""
-        if isinstance(self.model, Bundle) or self.model.class_name("vae") != "AutoencoderTiny":
+        if isinstance(self.model, Bundle) or self.model.quantization is not None:
+            return self._draw_singly(captions, seeds, progress)
+        if self.model.class_name("vae") != "AutoencoderTiny":
             return self._draw_singly(captions, seeds, progress)
         return torch.cat(list(self._draw_batches(self.model, captions, seeds, device, progress)))
 

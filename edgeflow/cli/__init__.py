@@ -30,6 +30,7 @@ VERBS = {
     "generate": "Draw pictures from prompts.",
     "parity": "Measure how close each bundle is to PyTorch.",
     "quality": "Measure how good a model's pictures are.",
+    "bench": "Measure how fast a model draws, loads and starts.",
     "inspect": "Say what a checkpoint or a bundle is.",
 }
 

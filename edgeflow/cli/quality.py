@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edgeflow.cli import options
-from edgeflow.errors import BackendMissing
+from edgeflow.errors import BackendMissing, UsageError
 
 _PATH = click.Path(path_type=Path)
 
@@ -19,6 +19,7 @@ _PATH = click.Path(path_type=Path)
     epilog=options.example(
         "edgeflow quality emoji --data data/emoji",
         "edgeflow quality runs/reflow emoji --data data/emoji --teacher runs/teacher --nfe-curve -o quality",
+        "edgeflow quality bundles/* --against emoji --data data/emoji --gate kid=noise --html verdict.html",
     ),
 )
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
@@ -75,6 +76,36 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["cpu", "cuda", "auto"]),
     help="Where to draw; judging is on the CPU.",
 )
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="The verdict: what each MODEL lost against this one, on the same noise.",
+)
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="NAME=VALUE,...",
+    help="With --against: a limit, or NAME=noise for not measurably worse; exit code 3 where one fails.",
+)
+@click.option(
+    "--speed",
+    is_flag=True,
+    help="With --against: also time each model in processes of its own, in turns, and weigh its memory.",
+)
+@click.option(
+    "--html",
+    type=_PATH,
+    metavar="FILE",
+    help="With --against: the verdict as one HTML file, with pictures and plots.",
+)
+@click.option(
+    "--sensitivity",
+    type=_PATH,
+    multiple=True,
+    metavar="FILE",
+    help="With --html: a recipe or report with layers' sensitivities to show; may repeat.",
+)
 @options.out_option("Folder to write: quality.json and the sheets.", required=False)
 @options.seed_option
 @options.force_option
@@ -92,6 +123,11 @@ def command(
     inception: Path | None,
     clip: Path | None,
     device: str,
+    against: str | None,
+    gates: tuple[str, ...],
+    speed: bool,
+    html: Path | None,
+    sensitivity: tuple[Path, ...],
     out: Path | None,
     seed: int,
     force: bool,
@@ -105,11 +141,29 @@ def command(
     among 100, Nearest and Copies whether training pictures are repeated. Each stands under its floor: the
     same figure for real pictures at the same counts.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 4 a package is not installed.
+    With --against, each MODEL is compared with that one on the same prompts and noise, a bundle in its own
+    runtime: differences of KID, FD and R@1 with paired bootstrap intervals, so that "inside the noise" is a
+    measurement, PSNR and feature distance of the pictures, and gates.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 a gate failed, 4 a package is not installed.
     """
     from edgeflow.errors import OutputExistsError
     from edgeflow.quality import print_report
 
+    if against is not None:
+        _refuse_with_against(
+            teacher=teacher, steps=steps, nfe_curve=nfe_curve, inception=inception, clip=clip
+        )
+        from edgeflow.cli.verdict import Asked, run_verdict
+
+        asked = Asked(
+            models=models, against=against, data=data, split=split, num_prompts=num_prompts, seed=seed,
+            device=device, gates=gates, speed=speed, html=html, sensitivity=sensitivity, out=out,
+            force=force, as_json=as_json,
+        )  # fmt: skip
+        run_verdict(asked, _progress)
+        return
+    _refuse_without_against(gate=gates, speed=speed, html=html, sensitivity=sensitivity)
     if out is not None and (out.exists() or out.is_symlink()) and not force:
         raise OutputExistsError(out)  # before an hour's drawing, not after it
     try:
@@ -142,6 +196,20 @@ def command(
         with staged_folder(out, force=force) as folder:
             write_outputs(folder, measured)
     print_report(measured.report, as_json=as_json)
+
+
+def _refuse_with_against(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: not with --against, which compares one-step models"
+            )
+
+
+def _refuse_without_against(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"--{name.replace('_', '-')}: expected --against MODEL with it")
 
 
 def _progress(stack: ExitStack) -> Callable[[str, int], Callable[[int], None]]:

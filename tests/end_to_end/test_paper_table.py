@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow  # eight training processes (8 minutes on a busy core), each of which loads PyTorch and diffusers anew
+@pytest.mark.slow  # eight training processes (8 minutes on a busy core)
 def test_two_seeds_from_pictures_to_markdown(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--data", str(made / "data"), "--teacher", str(made / "teacher"), "--pairs", str(made / "pairs")]
     argv += ["--preset", "tiny", "--minutes", "0", "--device", "cpu", "--num-paths", "8", "--per-prompt", "2"]
