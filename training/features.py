@@ -107,7 +107,8 @@ class Inception:
             import torch_fidelity  # noqa: F401
             from torchmetrics.image.fid import NoTrainInceptionV3
         except ModuleNotFoundError as error:
-            raise BackendMissing((error.name or "torch_fidelity").partition(".")[0], "quality") from error
+            package = (error.name or "torch_fidelity").partition(".")[0]
+            raise BackendMissing(package, "quality") from error
         try:
             self._net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
         except Exception as error:  # torch.load and load_state_dict raise many kinds for a wrong file
