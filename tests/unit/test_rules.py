@@ -31,17 +31,30 @@ HEAVY = {
     "torch", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "coremltools",
     "transformers", "diffusers", "safetensors", "huggingface_hub", "accelerate", "webdataset",
 }  # fmt: skip
+_TORCH_QUANTIZATION = (
+    "allocate",
+    "apply",
+    "calibration",
+    "fake",
+    "gptq",
+    "layers",
+    "peers",
+    "search",
+    "sensitivity",
+)
 #: Parts of edgeflow whose import brings a backend, so the spine may not import them at import time.
 BACKEND_SIDE = (
     "edgeflow.components",
-    "edgeflow.quantization.apply",
-    "edgeflow.quantization.layers",
+    *(f"edgeflow.quantization.{name}" for name in _TORCH_QUANTIZATION),
     "edgeflow.training",
     "edgeflow.exporters",
     "edgeflow.runtimes",
 )
 #: The spine's files that are torch's side themselves.
-TORCH_SIDE = ("edgeflow/components.py", "edgeflow/quantization/apply.py", "edgeflow/quantization/layers.py")
+TORCH_SIDE = (
+    "edgeflow/components.py",
+    *(f"edgeflow/quantization/{name}.py" for name in _TORCH_QUANTIZATION),
+)
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
 OWN_BACKEND = {
     "onnx_": {"onnxruntime"},
