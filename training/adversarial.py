@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgeflow.errors import ConfigError, UsageError
 from edgeflow.spec import FIRST_TIMESTEP
-from edgeflow.training.augmentation import KINDS, Augmentation
+from edgeflow.training.augmentation import KINDS, UNIFORMS, Augmentation
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.corpus import Corpus, caption_states, encode_pictures
 from edgeflow.training.discriminator import (
@@ -33,6 +33,7 @@ from edgeflow.training.flow_model import draw_flow_sheet, save_flow
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import NORMS, LiteFeatures, check_choice, feature_distance, latent_distance
 from edgeflow.training.models import load_parts
+from edgeflow.training.pair_source import PairFolder, pair_source
 from edgeflow.training.pairs import Pairs
 
 #: Blocks of EfficientNet-Lite0: the perceptual distance's own four (strides 2 to 16), and the last (32).
@@ -54,6 +55,7 @@ class AdversarialConfig:
     discriminator_rate: float = 2.0  # times the loop's learning rate
     keep_nearest: float = 1.0
     loss: str = "huber"  # of the latents; or "l2"
+    pairs_gib: float = 24.0  # more pairs than this, with their captions' states, are streamed
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, NORMS)
@@ -74,7 +76,7 @@ class AdversarialObjective:
         self,
         config: AdversarialConfig,
         source: Path,
-        pairs: Pairs,
+        pairs: Pairs | PairFolder,
         real: Corpus | None,
         device: torch.device,
     ):
@@ -88,8 +90,11 @@ class AdversarialObjective:
         torch.manual_seed(config.loop.seed)
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         self.draw = Draw(config.loop.batch_size, device)
-        self.pairs = pairs.nearest(config.keep_nearest)
-        self.text = caption_states(self.parts, pairs.captions, device)
+        batch, keep = config.loop.batch_size, config.keep_nearest
+        self.source = pair_source(
+            pairs, self.parts, device, batch_size=batch, keep=keep, seed=config.loop.seed
+        )
+        self.pairs, self.text = self.source.pairs, self.source.text
         self.vae = self.parts.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.features = LiteFeatures(_TAPS).to(device, memory_format=torch.channels_last)
         self._condition(real)
@@ -112,27 +117,31 @@ class AdversarialObjective:
         return {"discriminator": {"rate": self.config.discriminator_rate, "betas": (0.0, 0.99)}}
 
     def _condition(self, real: Corpus | None) -> None:
-        """Captions as the discriminator sees them: mean text states, standardised over those of the pairs."""
-        pooled = self.text.mean(1)
-        deviation, mean = torch.std_mean(pooled, 0, correction=0)
-        self.caption = (pooled - mean) / (deviation + 1e-3)
+        """How captions are standardised for the discriminator, and the corpus's latents and captions."""
+        deviation, self.middle = torch.std_mean(self.text.mean(1), 0, correction=0)
+        self.spread = deviation + 1e-3
         self.real_latent = self.real_caption = None
         if real is not None:
             self.real_latent = encode_pictures(self.vae, real)
-            states = caption_states(self.parts, real.captions, self.device).mean(1)
-            self.real_caption = (states - mean) / (deviation + 1e-3)
+            self.real_caption = self._caption(caption_states(self.parts, real.captions, self.device))
+
+    def _caption(self, text: Tensor) -> Tensor:
+        """A caption as the discriminator sees it (N, D): the mean of its states (N, L, D), standardised."""
+        return (text.mean(1) - self.middle) / self.spread
 
     def loss(self) -> dict[str, Tensor]:
-        config, batch = self.config, self.draw.size
-        index = self.draw.index(len(self.pairs.noise))
-        number, target = self.pairs.caption[index], self.pairs.latent[index]
-        noise = self.pairs.noise[index].contiguous(memory_format=torch.channels_last)
+        config, index = self.config, self.draw.index(len(self.pairs.noise))
+        batch, text = len(index), self.text[self.pairs.caption[index]]
+        target, noise = (
+            self.pairs.latent[index],
+            self.pairs.noise[index].contiguous(memory_format=torch.channels_last),
+        )
         t = torch.full((batch,), FIRST_TIMESTEP, device=self.device)
-        latent = noise + self.trained["unet"](noise, t, self.text[number]).sample.float()
+        latent = noise + self.trained["unet"](noise, t, text).sample.float()
 
-        wanted, captions, others = self._real_side(target, self.caption[number])
-        uniform = torch.cat([self.draw.uniform(7), self.draw.uniform(7)[:others]])
-        changed = Augmentation(uniform, config.augment)
+        wanted, captions, others = self._real_side(target, self._caption(text))
+        uniform = self.draw.uniform(2, UNIFORMS).flatten(0, 1)  # a row for each picture, and more
+        changed = Augmentation(uniform[: batch + others], config.augment)
         with torch.no_grad():
             real = self.features(changed.apply(self._decode(wanted)))
         drawn = self.features(changed.first(batch).apply(self._decode(latent)))
@@ -186,7 +195,10 @@ class AdversarialObjective:
         return total
 
     def batch_keys(self, index: Tensor) -> list[str]:
-        return self.pairs.names(index)
+        return self.source.names(index)
+
+    def prepare(self, done: int) -> None:
+        self.source.prepare(done)
 
     def save(self, folder: Path) -> None:
         facts = {"kind": "one-step", "steps": 1, "guidance": 0.0, "training": dataclasses.asdict(self.config)}

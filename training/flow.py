@@ -51,18 +51,23 @@ class Path:
 
     @property
     def straightness(self) -> Tensor:
-        """S = ∫ ‖(z₁ − z₀) − v(z_τ, τ)‖² dτ per sample (N,); 0 where the path is a straight line.
+        """The sum of ``bends``, per sample (N,): S; 0 where the path is a straight line."""
+        return self.bends.sum(0)
+
+    @property
+    def bends(self) -> Tensor:
+        """S = ∫ ‖(z₁ − z₀) − v(z_τ, τ)‖² dτ, each segment's share of it (segments, N).
 
         InstaFlow (arXiv 2309.06380), section 2. The velocity of a segment is what the sampler took, (z_b −
         z_a)/(τ_b − τ_a), which for Euler steps is the network's own v(z_a, τ_a); segments count by
         their length in τ, elements are summed.
         """
         chord = self.points[-1] - self.points[0]
-        total = torch.zeros(len(chord), device=chord.device, dtype=chord.dtype)
+        found = []
         for i, (a, b) in enumerate(pairwise(self.tau)):
             velocity = (self.points[i + 1] - self.points[i]) / (b - a)
-            total += (b - a) * (chord - velocity).square().flatten(1).sum(1)
-        return total
+            found.append((b - a) * (chord - velocity).square().flatten(1).sum(1))
+        return torch.stack(found)
 
 
 def euler_path(velocity: Velocity, noise: Tensor, num_steps: int) -> Path:

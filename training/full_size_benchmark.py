@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -23,7 +24,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,10 @@ from edgeflow.training.random_checkpoint import SHAPES, build_part, configs
 from edgeflow.training.random_vocabulary import write_tokenizer
 from edgeflow.training.reflow import ReflowConfig, ReflowObjective
 from edgeflow.training.sampling import sample_teacher
+from edgeflow.training.sd_paper_schedule import describe, ratios, schedule, schedule_table, table
 from edgeflow.training.sd_plain_loop import PlainBatch, plain_loop
 from edgeflow.training.step import Step
 
-#: The paper's stages for InstaFlow-0.9B (arXiv 2309.06380, section 5 and appendix): images seen, the row that
-#: measures their speed, and the A100-days it reports.
-SCHEDULE = (
-    ("pairs", 3_200_000, "pairs", 16.0),
-    ("reflow, batch 64", 64 * 70_000, "reflow", 11.2),
-    ("reflow, batch 1024", 1024 * 25_000, "reflow", 64.0),
-    ("distill, L2", 1024 * 21_500, "distill", 54.4),
-    ("distill, perceptual", 1024 * 18_000, "distill + perceptual", 53.6),
-)
 RATE = 1e-6  # the paper's, for reflow
 _CAPTIONS = ("a red bicycle", "an owl on a branch", "a bowl of soup", "a street at night")
 
@@ -67,7 +59,7 @@ class Plan:
     batch_size: int = 16
     perceptual_batch_size: int = 4
     warm_steps: int = 3
-    steps: int = 12
+    steps: int = 20
     compile: bool = True
     attention: str = "default"
     minutes: float = 4.0
@@ -81,16 +73,20 @@ class Bench:
         self.rows: dict[str, dict[str, Any]] = {}
         self.configs = configs("sd15", plan.width)
         torch.manual_seed(0)
-        self.unet = build_part("unet", self.configs["unet"], device)
         self.pairs = _random_pairs(self.configs["unet"], device)
         width = self.configs["unet"]["cross_attention_dim"]
         self.text = torch.randn(len(_CAPTIONS), 77, width, device=device)
-        self.flops = _forward_flops(self.configs["unet"])
+        self.parameters, self.flops = count(self.configs["unet"])
         self.folder = tempfile.TemporaryDirectory()
         self.tokenizer = Path(self.folder.name, "tokenizer")
         write_tokenizer(self.tokenizer, SHAPES["sd15", plan.width].vocabulary, pad=END)
         self.text_encoder = build_part("text_encoder", self.configs["text_encoder"], device)
-        self.say(f"model of {sum(p.numel() for p in self.unet.parameters()) / 1e6:.1f} M parameters built")
+        self.say(f"UNet of {self.parameters / 1e6:.1f} M parameters, {self.flops / 1e9:.0f} GFLOP a pass")
+
+    @functools.cached_property
+    def unet(self) -> Any:
+        """The one that edgeflow's rows train; the plain rows, which come before, build their own."""
+        return build_part("unet", self.configs["unet"], self.device)
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s  {text}", file=sys.stderr, flush=True)
@@ -105,7 +101,8 @@ class Bench:
                 "skipped": f"{self.seconds_left():.0f} s left, about {needs_s:.0f} s needed"
             }
         else:
-            self.unet.zero_grad(set_to_none=True)
+            if "unet" in self.__dict__:
+                self.unet.zero_grad(set_to_none=True)
             free(self.device)
             try:
                 row = run()
@@ -176,16 +173,6 @@ def measure(step: Callable[[], object], batch_size: int, plan: Plan, device: tor
         row["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         row["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     return row
-
-
-def describe(row: dict[str, Any]) -> str:
-    """A row in words."""
-    if "images_per_s" not in row:
-        return "; ".join(f"{why}: {what}" for why, what in row.items())
-    memory = f", peak {row['peak_allocated_gib']} GiB" if "peak_allocated_gib" in row else ""
-    return (
-        f"{row['images_per_s']} images/s at batch {row['batch_size']}{memory}, first {row['warm_seconds']} s"
-    )
 
 
 def plain(bench: Bench, kind: str, batch_size: int) -> dict[str, Any]:
@@ -265,8 +252,8 @@ def _parts(bench: Bench, kind: str) -> Parts:
     return Parts(vae, bench.unet, bench.text_encoder, bench.tokenizer, {"kind": "rectified-flow"})
 
 
-def _forward_flops(unet: dict[str, Any]) -> int:
-    """Floating-point operations of the UNet on one latent, counted without computing anything."""
+def count(unet: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of the UNet, and its floating-point operations on one latent; nothing is computed."""
     from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -275,7 +262,7 @@ def _forward_flops(unet: dict[str, Any]) -> int:
         side = unet["sample_size"]
         text = torch.empty(1, 77, unet["cross_attention_dim"])
         model(torch.empty(1, unet["in_channels"], side, side), torch.empty(1), text)
-    return counter.get_total_flops()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 
 def pairs(bench: Bench) -> dict[str, Any]:
@@ -304,7 +291,7 @@ def report(bench: Bench) -> dict[str, Any]:
         "torch": torch.__version__,
         "plan": asdict(bench.plan),
         "unet": {
-            "parameters": sum(p.numel() for p in bench.unet.parameters()),
+            "parameters": bench.parameters,
             "forward_gflop": round(bench.flops / 1e9, 1),
         },
         "seconds": round(time.monotonic() - bench.began, 1),
@@ -314,70 +301,27 @@ def report(bench: Bench) -> dict[str, Any]:
     }
 
 
-def ratios(rows: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    """images/s of edgeflow's step over the plain loop's, where both were measured at one batch size."""
-    for name, row in rows.items():
-        base = rows.get("plain " + name.removesuffix(", CUDA graph"))
-        if (
-            base
-            and "images_per_s" in base
-            and "images_per_s" in row
-            and row["batch_size"] == base["batch_size"]
-        ):
-            yield name, round(row["images_per_s"] / base["images_per_s"], 3)
-
-
-def schedule(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """GPU-days of the paper's schedule at the measured speeds, beside the A100-days it reports."""
-    stages = {}
-    for name, images, row, a100_days in SCHEDULE:
-        speed = max(
-            (
-                rows[r]["images_per_s"]
-                for r in (row, f"{row}, CUDA graph")
-                if "images_per_s" in rows.get(r, {})
-            ),
-            default=None,
-        )
-        days = round(images / speed / 86400, 2) if speed else None
-        stages[name] = {"images": images, "gpu_days": days, "paper_a100_days": a100_days}
-    known = [s["gpu_days"] for s in stages.values()]
-    total = round(sum(known), 2) if all(d is not None for d in known) else None
-    return {"stages": stages, "gpu_days": total, "paper_a100_days": sum(s[3] for s in SCHEDULE)}
-
-
 def run(plan: Plan, device: torch.device, out: Path) -> Bench:
-    """All rows, the most telling first."""
+    """All rows: the plain loop's, with PyTorch's settings as they come, then edgeflow's."""
     bench = Bench(plan, device, out)
     batch, small = plan.batch_size, plan.perceptual_batch_size
-    while "out of memory" in str(bench.record("plain reflow", partial(plain, bench, "reflow", batch), 20)):
+    while "out of memory" in str(
+        bench.record("plain reflow", functools.partial(plain, bench, "reflow", batch), 20)
+    ):
         if batch == 1:
             break
         batch //= 2
     bench.record("plain distill", lambda: plain(bench, "distill", batch), 15)
+    bench.record("plain distill + perceptual", lambda: plain(bench, "distill + perceptual", small), 15)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     bench.record("reflow", lambda: own(bench, "reflow", batch), 60)
     bench.record("distill", lambda: own(bench, "distill", batch), 15)
     bench.record("pairs", lambda: pairs(bench), 15)
+    bench.record("distill + perceptual", lambda: own(bench, "distill + perceptual", small), 45)
     if device.type == "cuda":
-        bench.record("reflow, CUDA graph", lambda: own(bench, "reflow", batch, cuda_graph=True), 15)
-    bench.record("plain distill + perceptual", lambda: plain(bench, "distill + perceptual", small), 15)
-    bench.record("distill + perceptual", lambda: own(bench, "distill + perceptual", small), 60)
+        bench.record("reflow, CUDA graph", lambda: own(bench, "reflow", batch, cuda_graph=True), 20)
     return bench
-
-
-def table(bench: Bench) -> str:
-    """The rows as Markdown."""
-    lines = ["| row | batch | images/s | peak GiB | ÷ plain |", "|---|---|---|---|---|"]
-    by_name = dict(ratios(bench.rows))
-    for name, row in bench.rows.items():
-        if "images_per_s" not in row:
-            lines.append(f"| {name} | – | {describe(row)} | – | – |")
-            continue
-        cells = (row["batch_size"], row["images_per_s"], row.get("peak_allocated_gib"), by_name.get(name))
-        lines.append(f"| {name} | " + " | ".join("–" if c is None else str(c) for c in cells) + " |")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -420,7 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(table(bench))
+    print(table(bench.rows))
+    if chosen.width == "full":
+        print("\n" + schedule_table(bench.rows))
     return int(any("failed" in row for row in bench.rows.values()))
 
 

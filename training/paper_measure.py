@@ -56,6 +56,7 @@ def measure_table(plan: Plan, sizes: Sizes, progress: Progress) -> tuple[dict[st
         num_prompts=sizes.num_prompts,
         per_prompt=sizes.per_prompt,
         device=str(device),
+        judge_device=str(device),
     )
     measured = measure(request, progress)
     captions, noise, stored = straightness.sample_of(plan.pairs_folder, sizes.num_paths)
@@ -125,7 +126,7 @@ def _pairs_record(plan: Plan) -> dict[str, Any]:
 def _machine(device: torch.device) -> dict[str, Any]:
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": device.type, "name": name, "judged_with": threads}
+    return {"device": device.type, "name": name, "cpu": threads}
 
 
 @torch.no_grad()

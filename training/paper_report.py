@@ -130,13 +130,17 @@ def _quality(table: Table) -> list[str]:
 
 
 def _paths(table: Table) -> list[str]:
-    head = ["Paths", "steps", "E‖x₁ − x₀‖²", "a coordinate", "S", "S / E‖x₁ − x₀‖²"]
+    head = ["Paths", "steps", "E‖x₁ − x₀‖²", "a coordinate", "S", "in the first segment", "S / E‖x₁ − x₀‖²"]
     stored = _several([p["transport"] for p in table["pairs"]])
-    lines = [["pairs, as stored", "–", _cell(stored, 1), "–", "–", "–"]]
+    lines = [["pairs, as stored", "–", _cell(stored, 1), *"––––"]]
     for row in table["rows"]:
         p = row["paths"]
         cells = [_cell(p["transport"], 1), _cell(p["transport_per_coordinate"], 4)]
-        cells += [_cell(p["straightness"], 1), _cell(p["straightness_share"], 4)]
+        cells += [
+            _cell(p["straightness"], 1),
+            _cell(p["first_segment"], 1),
+            _cell(p["straightness_share"], 4),
+        ]
         lines.append([row["label"], str(row["steps"]), *cells])
     return _markdown(head, lines)
 

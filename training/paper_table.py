@@ -62,7 +62,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--minutes",
     type=click.FloatRange(0),
-    default=1.4,
+    default=1.3,
     show_default=True,
     metavar="M",
     help="Of reflow and of distillation, each; direct distillation gets 2·M; 0: the preset's steps alone.",
@@ -108,6 +108,7 @@ def command(tables: tuple[Path, ...], combine: bool, as_json: bool, **given: Any
 
 def _make(given: dict[str, Any]) -> dict[str, Any]:
     """Train what is not trained yet, measure, and write ``table.json`` and the sheets."""
+    from edgeflow.training.evaluate import check_judges
     from edgeflow.training.paper_measure import Sizes, measure_table
     from edgeflow.training.paper_stages import Plan, check_plan, run_stages
     from edgeflow.training.quality_sheets import write_outputs
@@ -117,6 +118,7 @@ def _make(given: dict[str, Any]) -> dict[str, Any]:
     force = given.pop("force")
     plan = Plan(**given)
     check_plan(plan)
+    check_judges()
     run_stages(plan, force=force)
     table, measured = measure_table(plan, sizes, _note)
     with staged_folder(plan.out / "quality", force=True) as folder:

@@ -1,9 +1,9 @@
 """Quantization-aware distillation: the one-step model learns to draw its own pictures with integers.
 
-min E D(G(x₀ | text), G_q(x₀ | text)) over the weights and scales of G_q, which runs through a recipe's integers
-in every layer that the recipe quantizes (edgeflow.quantization.fake); G is the float model it started from,
-the noise x₀ is fresh at every step. D is a pseudo-Huber norm on latents and on pictures, plus the perceptual
-distance of the pictures. All three components train, for all three hold integers.
+min E D(G(x₀ | text), G_q(x₀ | text)) over the weights and scales of G_q, which runs through integers in every
+layer that a recipe quantizes (edgeflow.quantization.fake); G is the float model it started from, the noise x₀
+is fresh at every step. D is a pseudo-Huber norm on latents and on pictures, plus the perceptual distance of
+the pictures. All three components train, for all three hold integers.
 """
 
 from __future__ import annotations
@@ -73,56 +73,47 @@ class QatObjective:
         ).to(device)
         self.averaged = averaged_copy(self.trained)
         self.perceptual = PerceptualDistance().to(device) if config.perceptual_weight else None
-        if config.loop.compile:
-            self._compile()
-
-    def _compile(self) -> None:
-        compiled = (
-            *self.trained.values(),
-            self.teacher["unet"],
-            self.teacher["vae"].decoder,
-            self.perceptual,
-        )
-        for module in compiled:
-            if module is not None:
-                module.compile()
+        if config.loop.compile:  # the rest runs once a step without gradients, or is small
+            self.trained["unet"].compile()
+            self.trained["decoder"].compile()
+            if self.perceptual is not None:
+                self.perceptual.compile()
 
     def loss(self) -> dict[str, Tensor]:
         config = self.config
         index = self.draw.index(len(self.ids))
         noise = self.draw.normal(*self.shape)
         noise = noise.contiguous(memory_format=torch.channels_last)
+        teacher, trained = self.teacher, self.trained
         with torch.no_grad():
-            teacher = self.teacher
-            target, wanted = self._draw(teacher["unet"], teacher["vae"].decoder, self.text[index], noise)
-        trained = self.trained
+            target = self._latent(teacher["unet"], self.text[index], noise)
         text = trained["text_encoder"](self.ids[index]).last_hidden_state
-        drawn, picture = self._draw(trained["unet"], trained["decoder"], text, noise)
+        drawn = self._latent(trained["unet"], text, noise)
         latent = pseudo_huber(drawn, target)
-        pixels = pseudo_huber(picture, wanted)
-        losses = {
-            "loss": config.latent_weight * latent + config.picture_weight * pixels,
-            "latent": latent,
+        losses = {"loss": config.latent_weight * latent, "latent": latent}
+        if config.picture_weight or config.perceptual_weight:  # without, the decoder is only rounded
+            with torch.no_grad():
+                wanted = self._picture(teacher["vae"].decoder, target)
+            picture = self._picture(trained["decoder"], drawn)
+            losses["loss"] = losses["loss"] + config.picture_weight * pseudo_huber(picture, wanted)
             # of pictures in [0, 1]: −10·log₁₀ of it is the batch's PSNR
-            "picture_mse": (picture - wanted).square().mean() / 4,
-        }
-        if self.perceptual is not None:
-            perceptual = self.perceptual(picture, wanted)
-            losses["loss"] = losses["loss"] + config.perceptual_weight * perceptual
-            losses["perceptual"] = perceptual
+            losses["picture_mse"] = (picture - wanted).square().mean() / 4
+            if self.perceptual is not None:
+                losses["perceptual"] = self.perceptual(picture, wanted)
+                losses["loss"] = losses["loss"] + config.perceptual_weight * losses["perceptual"]
         return losses
 
     def batch_keys(self, index: Tensor) -> list[str]:
         return [self.captions[i] for i in index.tolist()]
 
-    def _draw(
-        self, unet: nn.Module, decoder: nn.Module, text: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Latent and picture in [-1, 1], float32, of the one step from ``noise`` (N, C, h, w)."""
+    def _latent(self, unet: nn.Module, text: Tensor, noise: Tensor) -> Tensor:
+        """The one step from ``noise`` (N, C, h, w) under text states (N, L, D), float32."""
         t = torch.full((len(noise),), FIRST_TIMESTEP, device=self.device)
-        latent = noise + unet(noise, t, text).sample.float()
-        picture = decoder(latent / self.latent_scale).float()
-        return latent, picture.clamp(-1, 1)
+        return noise + unet(noise, t, text).sample.float()
+
+    def _picture(self, decoder: nn.Module, latent: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1], float32."""
+        return decoder(latent / self.latent_scale).float().clamp(-1, 1)
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -145,6 +136,7 @@ class QatObjective:
         """The recipe with how its integers were found; its rules are untouched."""
         raw = dict(self.recipe.raw)
         found_by = str(raw.get("found_by", "unknown"))
+        raw.pop("rounding", None)  # the recipe's own way to choose integers, which training replaces
         raw["found_by"] = f"{found_by}; the integers by edgeflow train qat"
         raw["measured"] = {"training": to_dict(self.config), "captions": len(self.captions)}
         return parse_recipe(raw, self.recipe.name)
@@ -157,9 +149,11 @@ class QatObjective:
         noise = seeded_noise(torch.arange(len(prompts)), self.shape).to(self.device)
         averaged, teacher = self.averaged, self.teacher
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.loop.bf16):
-            _, wanted = self._draw(teacher["unet"], teacher["vae"].decoder, self.text[index], noise)
+            wanted = self._latent(teacher["unet"], self.text[index], noise)
+            wanted = self._picture(teacher["vae"].decoder, wanted)
             text = averaged["text_encoder"](self.ids[index]).last_hidden_state
-            _, drawn = self._draw(averaged["unet"], averaged["decoder"], text, noise)
+            drawn = self._latent(averaged["unet"], text, noise)
+            drawn = self._picture(averaged["decoder"], drawn)
         psnr = -10 * ((drawn - wanted).square().mean((1, 2, 3)) / 4).log10()
         rows, labels = [], []
         for k in range(0, len(prompts), 8):
@@ -175,6 +169,11 @@ def _fake_quantize(parts: dict[str, nn.Module], recipe: Recipe, learned: bool) -
     ConfigError for a recipe that does not fit the model or quantizes nothing.
     """
     plan = plan_for(recipe, parts)
+    taken = {scheme for schemes in plan.schemes.values() for scheme in schemes.values()} - {FLOAT}
+    if wrong := sorted(name for name in taken if getattr(SCHEMES[name], "activations", False)):
+        raise ConfigError(
+            f"train qat: recipe {recipe.name}: expected schemes of weights alone, got {', '.join(wrong)}"
+        )
     found: dict[str, dict[str, str]] = {}
     for component, (part, _) in PLACES.items():
         names = {id(module): name for name, module in parts[part].named_modules()}

@@ -24,7 +24,7 @@ from edgeflow.training.distill import DistillObjective
 from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import Parts, load_autoencoder, load_parts
 from edgeflow.training.pair_source import open_pairs
-from edgeflow.training.pairs import PairDrawer, Pairs, check_pairs, draw_pairs, read_prompts, start_pairs
+from edgeflow.training.pairs import PairDrawer, check_pairs, draw_pairs, read_prompts, start_pairs
 from edgeflow.training.parallel import Processes
 from edgeflow.training.plan import header, loop_plan
 from edgeflow.training.presets import PRESETS, STAGES
@@ -42,7 +42,7 @@ _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "pairs": (False, ("diffusion", "rectified-flow"), False),  # and --data or --prompts
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
-    "adversarial": (False, ("one-step",), True),
+    "adversarial": (False, ("one-step", "rectified-flow"), True),
     "qat": (False, ("one-step",), False),
 }
 
@@ -232,12 +232,11 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         recipe, captions = read_recipe(request.recipe), _qat_captions(request, source)
         return QatObjective(config, Checkpoint.open(source), recipe, captions, device)
     assert request.pairs is not None
-    if request.stage == "adversarial":
-        pairs = Pairs.load(request.pairs, device)
-        size = int(Checkpoint.open(source).facts["picture_size"])
-        real = Corpus.load(request.data, "train", size, device) if request.data else None
-        return AdversarialObjective(config, source, pairs, real, device)
     drawn = open_pairs(request.pairs, source, device, config.pairs_gib)
+    if request.stage == "adversarial":
+        size = int(Checkpoint.open(source).generation.picture_size)
+        real = Corpus.load(request.data, "train", size, device) if request.data else None
+        return AdversarialObjective(config, source, drawn, real, device)
     if request.stage == "distill":
         flow = checkpoint_of(request.flow) if request.flow else None
         return DistillObjective(config, source, drawn, device, flow)

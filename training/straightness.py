@@ -12,7 +12,8 @@ DPM-Solver++'s latents with guidance, rescaled into the flow's coordinates by
 which turns α·x₁ + σ·x₀ into τ·x₁ + (1−τ)·x₀ whatever the schedule, and the probability-flow ODE of the one
 into that of the other. Stable Diffusion's schedule ends at τ = 0.064, where the sampler puts the noise in the
 place of x; the path begins at (0, noise), so that its ends are the pair (x₀, x₁) itself and S covers all of
-[0, 1]. The first segment's velocity is then within 4 % of −x₀, the field at τ = 0 for latents of mean 0.
+[0, 1]. The first segment's velocity is then within 4 % of −x₀, the field at τ = 0 for latents of mean 0; how
+much of S it has is given besides (about 0.064·E‖x₁‖², which is the schedule's doing, not the network's).
 
 Both are measured on the same noise and captions, and both S by the velocities that the sampler took
 (``flow.Path``). S is also given as a share of the transport cost, which is scale-free, and the cost per
@@ -50,6 +51,7 @@ class Geometry:
     transport: float  # E‖z₁ − z₀‖², summed over coordinates
     transport_per_coordinate: float
     straightness: float | None  # S; None for a single step, whose one segment is straight by itself
+    first_segment: float | None  # how much of S the path's first segment has
 
     @property
     def bend(self) -> float | None:
@@ -91,7 +93,7 @@ def measure(
     parts.unet.to(device).eval()
     text = caption_states(parts, list(captions), device)
     empty = caption_states(parts, [""], device)
-    straight, moved = [], []
+    bends, moved = [], []
     for index in torch.arange(len(noise)).split(batch_size):
         x = noise[index].to(device)
         if drawer.kind == "diffusion":
@@ -99,15 +101,18 @@ def measure(
         else:
             velocity = guided(parts.unet, text[index], empty, drawer.guidance)
             path = flow.euler_path(velocity, x, drawer.steps)
-        straight.append(path.straightness.double().cpu())
+        bends.append(path.bends.double().cpu())
         moved.append(path.transport.double().cpu())
     transport = float(torch.cat(moved).mean())
+    by_segment = torch.cat(bends, 1).mean(1)
+    many = drawer.steps > 1
     return Geometry(
         num_paths=len(noise),
         steps=drawer.steps,
         transport=transport,
         transport_per_coordinate=transport / noise[0].numel(),
-        straightness=float(torch.cat(straight).mean()) if drawer.steps > 1 else None,
+        straightness=float(by_segment.sum()) if many else None,
+        first_segment=float(by_segment[0]) if many else None,
     )
 
 

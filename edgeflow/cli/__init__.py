@@ -44,7 +44,7 @@ _EXTRAS = {
     "resvg_py": "train",
     "torchmetrics": "train",
     **dict.fromkeys(
-        ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "torchao"), "export"
+        ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "torchao", "scipy"), "export"
     ),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
 }

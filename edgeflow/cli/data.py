@@ -16,6 +16,7 @@ from edgeflow.cli.options import (
     json_option,
     out_option,
     print_json,
+    seed_option,
     show_progress,
     verbosity,
 )
@@ -88,10 +89,34 @@ def emoji(out: Path, size: int, limit: int | None, force: bool, as_json: bool) -
     is_flag=True,
     help="Also every known concept in every known style that has no picture in any split.",
 )
+@click.option(
+    "--composed-times",
+    type=click.IntRange(1),
+    default=1,
+    metavar="K",
+    help="Each of these on K lines: K times the pairs.",
+)
+@click.option(
+    "--recombined",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Also N captions of the beginning of one concept and the end of another.",
+)
+@seed_option
 @force_option
 @json_option
 @verbosity
-def captions(data: Path, out: Path, composed: bool, force: bool, as_json: bool) -> None:
+def captions(
+    data: Path,
+    out: Path,
+    composed: bool,
+    composed_times: int,
+    recombined: int,
+    seed: int,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Write the training captions of the set DATA into a text file, mixed, one a line.
 
     The captions of split test are never among them, so what is trained on this file's captions can be judged
@@ -103,13 +128,13 @@ def captions(data: Path, out: Path, composed: bool, force: bool, as_json: bool) 
 
     if out.exists() and not force:
         raise OutputExistsError(out)  # before the set is read
-    found = collect_captions(data, composed=composed)
-    write_caption_lines(out, found.mixed, force=force)
-    counts = {"train": len(found.train), "composed": len(found.composed), "held_out": found.held_out}
+    found = collect_captions(data, composed=composed, recombined=recombined, seed=seed)
+    write_caption_lines(out, found.mixed(composed_times), force=force)
+    counts = {name: len(getattr(found, name)) for name in ("train", "composed", "recombined")}
     if as_json:
-        print_json({"path": str(out), **counts})
+        print_json({"path": str(out), **counts, "held_out": found.held_out})
     else:
-        click.echo(f"{counts['train']} training captions, {counts['composed']} composed", err=True)
+        click.echo(", ".join(f"{number:,} {name}" for name, number in counts.items()), err=True)
         click.echo(str(out))
 
 

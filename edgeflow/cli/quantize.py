@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeflow.cli import options
+from edgeflow.errors import OutputExistsError, UsageError
+from edgeflow.staging import staged_folder
 
 if TYPE_CHECKING:
+    from edgeflow.checkpoint import Checkpoint
     from edgeflow.quantization.apply import QuantizationReport
+    from edgeflow.quantization.goal import Goal
+    from edgeflow.quantization.search import Found
 
 
 @click.command(
     context_settings=options.CONTEXT,
-    epilog=options.example("edgeflow quantize emoji --recipe w8 -o emoji-w8"),
+    epilog=options.example(
+        "edgeflow quantize emoji --recipe w8 -o emoji-w8",
+        "edgeflow quantize emoji --budget-mib 8 -o emoji-8mib",
+    ),
 )
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--recipe",
-    required=True,
     metavar="NAME|FILE",
     help="A shipped recipe (w8, w4g32) or the path of a recipe file.",
+)
+@click.option(
+    "--budget-mib", type=click.FloatRange(0), metavar="N", help="Find the recipe of least error in N MiB."
+)
+@click.option(
+    "--average-bits", type=click.FloatRange(0), metavar="B", help="Find it at B bits a weight, scales apart."
+)
+@click.option(
+    "--max-drop",
+    metavar="METRIC=VALUE",
+    help="Find the smallest recipe whose pictures stay this near the float ones: psnr=DB, worst_psnr=DB.",
+)
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many of the model's prompts each layer is measured on.  [default: 4]",
+)
+@click.option(
+    "--search",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write the recipe, the curve and the layers' sensitivity into.",
+)
+@click.option(
+    "--sensitivity",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="The sensitivity.json of an earlier search, instead of measuring again.",
 )
 @options.out_option("Folder of the quantized checkpoint.")
 @options.force_option
 @options.json_option
 @options.verbosity
-def command(model: str, recipe: str, out: Path, force: bool, as_json: bool) -> None:
+def command(model: str, recipe: str | None, out: Path, force: bool, as_json: bool, **search: Any) -> None:
     """Round MODEL's weights to the integers and scales that RECIPE asks for, and write them as a checkpoint.
 
     MODEL is a built-in model (emoji), a checkpoint folder or a hub id, and must draw in one step. The result
     opens like any checkpoint: generate draws from it, and export writes its very integers to every backend.
+
+    With --budget-mib, --average-bits or --max-drop the recipe is found: each layer is quantized by itself and
+    its error measured at the picture, then bits are allocated by integer programming. The budget counts the
+    graphs' weights as an fp16 bundle holds them: integers, scales, zero points, and what stays float.
 
     Exit codes: 0 done, 1 failed, 2 usage (also a recipe that does not fit the model), 4 PyTorch is not
     installed.
@@ -41,19 +84,83 @@ def command(model: str, recipe: str, out: Path, force: bool, as_json: bool) -> N
     from edgeflow.checkpoint import Checkpoint
     from edgeflow.quantization.recipe import read_recipe
 
-    rules = read_recipe(recipe)
+    goal, folder = _goal(recipe, search), search["folder"]
+    rules = None if recipe is None else read_recipe(recipe)
+    for path in (out, folder) if goal else ():
+        if path is not None and path.exists() and not force:  # known before minutes are spent
+            raise OutputExistsError(path)
     checkpoint = Checkpoint.open(model)
     from edgeflow.quantization.apply import quantize_checkpoint
 
+    found: Found | None = None
     with ExitStack() as stack:
         say = options.spinner(stack)
+        if rules is None:
+            assert goal is not None
+            found = _search(checkpoint, goal, out.name, search, say)
+            rules = found.recipe
+            if folder is not None:
+                with staged_folder(folder, force=force) as stage:
+                    found.write(stage)
         report = quantize_checkpoint(checkpoint, rules, out, force=force, progress=say)
     quantized = Checkpoint.open(out)
     if as_json:
         facts = {"path": str(out), "hash": quantized.hash, "bytes": _bytes(quantized)}
+        if found is not None:
+            facts["curve"] = [asdict(point) for point in found.curve]
         options.print_json({**facts, "source_bytes": _bytes(checkpoint), **report.as_dict()})
         return
     _print(report, out, _bytes(checkpoint), _bytes(quantized))
+    if found is not None:
+        _print_curve(found)
+
+
+def _goal(recipe: str | None, search: dict[str, Any]) -> Goal | None:
+    """What is to be searched for, or None for a recipe. Raises UsageError unless it is one thing."""
+    from edgeflow.quantization.goal import Goal, parse_drop
+
+    names = {key: f"--{key.replace('_', '-')}" for key in ("budget_mib", "average_bits", "max_drop")}
+    asked = [flag for key, flag in names.items() if search[key] is not None]
+    if len(asked) + (recipe is not None) != 1:
+        known = ", ".join(("--recipe", *names.values()))
+        raise UsageError(f"quantize: expected one of {known}, got {', '.join(asked) or 'none'}")
+    only = {"--search": "folder", "--sensitivity": "sensitivity", "--num-prompts": "num_prompts"}
+    if not asked:
+        if wrong := [flag for flag, key in only.items() if search[key] is not None]:
+            raise UsageError(
+                f"quantize: {wrong[0]}: expected one of {', '.join(names.values())} to go with it"
+            )
+        return None
+    drop = None if search["max_drop"] is None else parse_drop(search["max_drop"])
+    return Goal(search["budget_mib"], search["average_bits"], drop)
+
+
+def _search(
+    checkpoint: Checkpoint, goal: Goal, name: str, options: dict[str, Any], say: Callable[[str], None]
+) -> Found:
+    from edgeflow.quantization.search import search
+    from edgeflow.quantization.sensitivity import Sensitivity
+
+    file, given = options["sensitivity"], options["num_prompts"]
+    measured = None if file is None else Sensitivity.read(file)
+    count = given or (len(measured.prompts) if measured else min(4, len(checkpoint.generation.prompts)))
+    return search(checkpoint, goal, name, num_prompts=count, measured=measured, progress=say)
+
+
+def _print_curve(found: Found) -> None:
+    """Size against quality, the chosen point marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, title="PSNR of the picture against the float model, dB", title_justify="left")
+    titles = ("", "MiB", "bits", "predicted", "measured", "fresh noise", "worst prompt")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for p in found.curve:
+        psnr = (p.predicted_psnr_db, p.psnr_db, p.fresh_psnr_db, p.fresh_worst_psnr_db)
+        sizes = (f"{p.size_mib:.2f}", f"{p.average_bits:.2f}")
+        table.add_row("→" if p.chosen else "", *sizes, *(f"{value:.1f}" for value in psnr))
+    Console(highlight=False, markup=False).print(table)
 
 
 def _bytes(checkpoint: object) -> int:

@@ -84,8 +84,7 @@ def command(as_json: bool, **options: Any) -> None:
                                            noise, caption and the teacher's picture
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
-    adversarial  --pairs --from DISTILL    sharper: a discriminator beside the distance (with --data, of real
-                                           pictures)
+    adversarial  --pairs --from DISTILL    sharper: against a discriminator (with --data, on real pictures)
     qat          --recipe --pairs --from DISTILL   the same pictures from a recipe's integers
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,

@@ -50,8 +50,8 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training made of a checkpoint: by part its float weights as the part's state dict names them (those
-    absent stay the checkpoint's), and by component and layer the integers (q, scale, zero point)."""
+    """What training made of a checkpoint: by part its float weights as the part's state dict names them
+    (those absent stay the checkpoint's), and by component and layer the integers (q, scale, zero point)."""
 
     weights: Mapping[str, Mapping[str, Tensor]]
     integers: Mapping[str, Mapping[str, tuple[Tensor, Tensor, Tensor | None]]]

@@ -169,3 +169,22 @@ def test_the_first_sign_is_least_squares(prediction: str, low: float, high: floa
         best = float((output * (x1 - noise)).sum() / output.square().sum())
         assert low < best < high, m
         assert abs(best - FIRST_SIGN[prediction]) < 0.1
+
+
+def test_a_rectified_flow_draws_pairs_by_euler_with_guidance(published: Callable[..., Path]) -> None:
+    """x ← x + (v(∅) + 1.5·(v(text) − v(∅)))/N, written out: how the second phase's pairs come about."""
+    from edgeflow.training.models import load_parts
+    from edgeflow.training.sampling import sample_flow
+
+    unet = load_parts(published("sd15", "rectified-flow")).unet
+    noise, text, empty = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64), torch.randn(1, 77, 64)
+    actual = sample_flow(unet, text, empty, noise, steps=2, guidance=1.5)
+    x = noise
+    with torch.no_grad():
+        for t in (1000.0, 500.0):
+            v, u = unet(x, t, text).sample, unet(x, t, empty.expand_as(text)).sample
+            x = x + 0.5 * (1.5 * v - 0.5 * u)
+    torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-4)
+    one = sample_flow(unet, text, empty, noise, steps=1, guidance=1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(one, noise + unet(noise, 1000.0, text).sample, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ import torch
 
 from edgeflow.errors import ConfigError, UsageError
 from edgeflow.training.adversarial import AdversarialConfig, AdversarialObjective
-from edgeflow.training.augmentation import KINDS, Augmentation
+from edgeflow.training.augmentation import KINDS, UNIFORMS, Augmentation
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.corpus import Corpus
 from edgeflow.training.discriminator import (
@@ -125,11 +125,11 @@ def test_the_discriminator_learns_to_tell_and_to_read() -> None:
 def test_one_draw_changes_two_batches_alike_and_passes_gradients(kind: str) -> None:
     torch.manual_seed(0)
     pictures = torch.rand(6, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    draw = Augmentation(torch.rand(8, 7), (kind,)).first(6)
-    draw = Augmentation(draw.uniform.double(), draw.kinds)
+    draw = Augmentation(torch.rand(8, UNIFORMS, dtype=torch.float64), (kind,)).first(6)
     assert torch.equal(draw.apply(pictures), draw.apply(pictures.clone()))
     assert not torch.allclose(draw.apply(pictures), pictures)
-    assert not torch.allclose(Augmentation(torch.rand(6, 7), (kind,)).apply(pictures), draw.apply(pictures))
+    other = Augmentation(torch.rand(6, UNIFORMS, dtype=torch.float64), (kind,))
+    assert not torch.allclose(other.apply(pictures), draw.apply(pictures))
     small = (torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1).requires_grad_()
     two = Augmentation(draw.uniform[:2], draw.kinds)
     assert torch.autograd.gradcheck(two.apply, (small,))
@@ -137,7 +137,7 @@ def test_one_draw_changes_two_batches_alike_and_passes_gradients(kind: str) -> N
 
 def test_translation_moves_whole_pixels_and_repeats_the_border() -> None:
     picture = torch.arange(16.0).view(1, 1, 1, 16).expand(1, 3, 16, 16)
-    uniform = torch.zeros(1, 7)
+    uniform = torch.zeros(1, UNIFORMS)
     uniform[0, 3:5] = torch.tensor([0.5, 0.999])  # rows stay, columns move by all of 16/8 pixels
     moved = Augmentation(uniform, ("translation",)).apply(picture)
     assert moved[0, 0, 3].tolist() == [*range(2, 16), 15, 15]
@@ -145,7 +145,7 @@ def test_translation_moves_whole_pixels_and_repeats_the_border() -> None:
 
 
 def test_cutout_is_one_grey_square() -> None:
-    uniform = torch.zeros(1, 7)
+    uniform = torch.zeros(1, UNIFORMS)
     uniform[0, 5:7] = 0.5  # a hole of 6 of 16 pixels that starts at ⌊0.5 · 22⌋ − 6 = 5
     cut = Augmentation(uniform, ("cutout",)).apply(torch.ones(1, 3, 16, 16))
     wanted = torch.ones(16, 16)
@@ -190,17 +190,17 @@ def test_the_adversarial_weight_rises_over_the_warmup(tiny_checkpoint: Path) -> 
 
 def test_real_pictures_stand_for_their_share_of_the_real_side(tiny_checkpoint: Path) -> None:
     real = Corpus(
-        torch.zeros(5, 3, 32, 32, dtype=torch.uint8), ["a cat", "a fish", "a cat", "x", "y"], list("01234")
+        torch.zeros(5, 3, 32, 32, dtype=torch.uint8), ["a cat", "a fish", "a cat", "x", "y"], list("12345")
     )
     config = AdversarialConfig(LOOP, real_fraction=0.5)
     subject = AdversarialObjective(config, tiny_checkpoint, pairs(["a cat", "a dog"]), real, CPU)
-    target, captions = subject.pairs.latent[:4], subject.caption[[0, 1, 0, 1]]
+    target, captions = subject.pairs.latent[:4], subject._caption(subject.text[[0, 1, 0, 1]])
     wanted, texts, others = subject._real_side(target, captions)
     assert others == 2 and torch.equal(wanted[:4], target) and torch.equal(texts[:4], captions)
     assert subject.real_latent is not None
     assert all(any(torch.equal(x, y) for y in subject.real_latent) for x in wanted[4:])
     assert subject.real_caption is not None
-    torch.testing.assert_close(subject.real_caption[0], subject.caption[0])  # one caption, one condition
+    torch.testing.assert_close(subject.real_caption[0], captions[0])  # one caption, one condition
     assert torch.isfinite(subject.loss()["loss"])
 
 

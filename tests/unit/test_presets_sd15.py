@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from edgeflow.cli import main
-from edgeflow.training.full_size_benchmark import SCHEDULE, ratios, schedule
 from edgeflow.training.presets import PRESETS
+from edgeflow.training.sd_paper_schedule import SCHEDULE, ratios, schedule, schedule_table
 
 
 def test_the_presets_are_the_papers_schedule() -> None:
@@ -40,8 +40,9 @@ def test_gpu_days_are_images_over_speed() -> None:
     assert paper["stages"]["distill, L2"]["gpu_days"] == round(21_500 * 1024 / 100 / 86_400, 2)
     assert paper["stages"]["reflow, batch 64"]["gpu_days"] == round(70_000 * 64 / 200 / 86_400, 2)
     assert paper["gpu_days"] == pytest.approx(sum(s["gpu_days"] for s in paper["stages"].values()))
+    assert f"| all | | {paper['gpu_days']} | 199.2 |" in schedule_table(rows)
     rows["pairs"] = {"skipped": "3 s left"}
-    assert schedule(rows)["gpu_days"] is None and schedule(rows)["stages"]["pairs"]["gpu_days"] is None
+    assert schedule(rows)["gpu_days"] is None and "| pairs | 3,200,000 | – | 16.0 |" in schedule_table(rows)
 
 
 def test_a_stage_that_the_preset_lacks_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

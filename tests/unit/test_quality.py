@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from edgeflow.cli import main
+from edgeflow.errors import DataError
 from edgeflow.generate import Generator
 from edgeflow.quality import FIGURES, Data, QualityReport, Row, Settings, render
 from edgeflow.training.agreement import Agreement
@@ -23,7 +25,7 @@ from edgeflow.training.dataset import write_shards
 from edgeflow.training.distances import retrieval_r_at_1
 from edgeflow.training.drawing import Drawer, open_drawers
 from edgeflow.training.evaluate import Request, measure, teacher_gap
-from edgeflow.training.features import Clip, EfficientNetLite2
+from edgeflow.training.features import Clip, EfficientNetLite2, Inception
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 SHAPES = ("bar", "column", "square", "frame", "dots")
@@ -232,6 +234,51 @@ def test_prompts_of_the_training_split_leave_their_own_pictures_out(
     assert report.floor["nearest_train"] > 1e-4  # with their own pictures left in, it would be 0
 
 
+def test_several_pictures_a_caption(data: Path, tiny_checkpoint: Path) -> None:
+    """The captions come round again with the next seeds; a caption stands once among R@1's candidates."""
+    drawer = open_drawers([tiny_checkpoint])[0]
+    measured = measure(Request(data, [drawer], per_prompt=2, seed=5), quiet)
+    captions = measured.prompts[:8]
+    assert measured.prompts == captions * 2 and measured.seeds == list(range(5, 21))
+    again = drawer.draw(captions, measured.seeds[8:], torch.device("cpu"), lambda done: None)
+    assert torch.equal(measured.drawn[0][8:], again) and not torch.equal(measured.drawn[0][:8], again)
+    assert (
+        measured.report.rows[0].num_images == 16 and measured.report.as_dict()["settings"]["per_prompt"] == 2
+    )
+
+    real = measured.real[:8]
+    twice = measure(Request(data, [planted(tiny_checkpoint, real.repeat(2, 1, 1, 1))], per_prompt=2), quiet)
+    row, floor = twice.report.rows[0].figures, twice.report.floor
+    assert row["r_at_1"] == floor["r_at_1"]
+    assert row["nearest_train"] == pytest.approx(floor["nearest_train"], rel=1e-4)
+    assert row["precision"] == row["recall"] == 1.0 and row["frechet"] < 0.2 * floor["frechet"]
+    with pytest.raises(DataError, match="got 8 and 48 for 48"):
+        measure(Request(data, [drawer], per_prompt=6), quiet)
+
+
+def test_a_kid_subset_is_at_most_half_of_the_smaller_set(data: Path, tiny_checkpoint: Path) -> None:
+    """So that subsets differ, and a small run has a deviation to show."""
+    report = measure(Request(data, open_drawers([tiny_checkpoint])), quiet).report
+    assert report.settings.kid_subset_size == 4 and "subsets of 4" in render(report)
+    for figures in (report.floor, report.rows[0].figures):
+        assert figures["kid_std"] > 0 and figures["kid_train_std"] > 0
+
+
+def test_a_bundle_has_its_checkpoints_figures(data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Drawn one by one in the bundle's runtime, to within the lowering: a rounding of a pixel at most."""
+    assert main(["export", str(tiny_checkpoint), "--to", "onnx", "-o", str(tmp_path)]) == 0
+    (bundle,) = (manifest.parent for manifest in tmp_path.rglob("manifest.json"))
+    drawers = open_drawers([bundle, tiny_checkpoint])
+    measured = measure(Request(data, drawers, teacher=drawers[1]), quiet)
+    exported, eager = measured.report.rows
+    assert (exported.kind, eager.kind, exported.model) == ("bundle", "one-step", bundle.name)
+    apart = (measured.drawn[0].int() - measured.drawn[1].int()).abs()
+    assert apart.max() <= 1 and apart.double().mean() < 0.01
+    assert exported.figures["teacher_psnr_db"] > 60 and eager.figures["teacher_psnr_db"] == math.inf
+    for name in set(FIGURES) - {"clip_score", "teacher_psnr_db"}:
+        assert exported.figures[name] == pytest.approx(eager.figures[name], rel=5e-3, abs=2e-3), name
+
+
 def test_a_training_run_is_called_by_its_own_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "run7" / "checkpoint")
     assert [d.name for d in open_drawers([tmp_path / "run7", tmp_path / "run7" / "checkpoint"])] == [
@@ -328,3 +375,60 @@ def test_clip_score_is_transformers_own(tiny_checkpoint: Path, tmp_path: Path) -
         logits = model(pixel_values=(pictures / 255.0 - mean) / std, **ids).logits_per_image
     expected = 100 * (logits.diagonal() / model.logit_scale.exp()).clamp_min(0)
     assert clip.score(pictures, captions, batch_size=2).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+@pytest.fixture
+def inception_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Random weights in torch-fidelity's own form: its network, built without a download, in a file."""
+    fidelity = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        exc_type=ImportError,
+        reason="torch-fidelity: pip install 'edgeflow[quality]'",
+    )
+    network = fidelity.FeatureExtractorInceptionV3
+    file = tmp_path / "pt_inception.pth"
+    with monkeypatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(network, "load_state_dict", lambda self, state: None)
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        torch.manual_seed(0)
+        torch.save(network("inception-v3-compat", ["2048"]).state_dict(), file)
+    return file
+
+
+@pytest.mark.slow  # two minutes: Inception v3 over 80 pictures, and the eigenvalues of a 2048 × 2048 matrix
+def test_inception_is_torch_fidelitys_and_the_figures_torchmetrics(
+    inception_weights: Path, data: Path, tiny_checkpoint: Path
+) -> None:
+    """The file's network, features and distances through the command's own path; weights are random, so what
+    is not tested is that the published file holds the published weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    pictures = torch.randint(
+        0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    theirs = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(inception_weights)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(Inception(inception_weights)(pictures), theirs(pictures)[0].float())
+
+    measured = measure(Request(data, open_drawers([tiny_checkpoint]), inception=inception_weights), quiet)
+    assert measured.report.settings.features == ("efficientnet-lite2", "inception-v3")
+    metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(inception_weights))
+    metric.set_dtype(torch.float64)
+    metric.update(measured.real, real=True)
+    metric.update(measured.drawn[0], real=False)
+    got = measured.report.rows[0].figures["frechet@inception-v3"]
+    assert got == pytest.approx(float(metric.compute()), rel=1e-2)
+    assert measured.report.floor["frechet@inception-v3"] > 0
+
+
+def test_inception_refuses_other_weights(inception_weights: Path, tmp_path: Path) -> None:
+    weights = torch.load(inception_weights, weights_only=True)
+    weights.pop("fc.bias")
+    torch.save(weights, tmp_path / "short.pth")
+    with pytest.raises(
+        DataError, match=r"short.pth: expected torch-fidelity's Inception v3 weights, got: .*fc.bias"
+    ):
+        Inception(tmp_path / "short.pth")

@@ -1,0 +1,171 @@
+"""The search behind ``edgeflow quantize --budget-mib`` and its kin: measure, allocate, and measure again.
+
+Layers are measured on the model's own prompts, prompt i on the noise of seed i. The allocations are then
+drawn as they are, on the same noise, which shows how far errors add up, and on noise that the search has not
+seen, which is what a limit on the drop is held against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.errors import UsageError
+from edgeflow.quantization.allocate import MIB, Allocation, Allocator, recipe_of
+from edgeflow.quantization.goal import Goal
+from edgeflow.quantization.recipe import Recipe
+from edgeflow.quantization.sensitivity import FRESH, Painter, Sensitivity, measure
+
+#: Allocations on the curve, the one asked for apart.
+POINTS = 6
+SENSITIVITY, CURVE, RECIPE = "sensitivity.json", "curve.json", "recipe.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One allocation, as predicted and as drawn. PSNR in dB is of the mean squared error over the prompts."""
+
+    size_mib: float
+    average_bits: float
+    predicted_psnr_db: float  # if the layers' errors added up
+    psnr_db: float  # on the noise the layers were measured on
+    fresh_psnr_db: float
+    fresh_worst_psnr_db: float  # of the worst prompt
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """The recipe, and the curve of size against quality with the chosen point on it."""
+
+    recipe: Recipe
+    curve: tuple[Point, ...]
+    sensitivity: Sensitivity
+
+    def write(self, folder: Path) -> None:
+        """recipe.json, curve.json and sensitivity.json into the existing ``folder``."""
+        self.sensitivity.write(folder / SENSITIVITY)
+        curve = [dataclasses.asdict(point) for point in self.curve]
+        for name, value in ((RECIPE, self.recipe.raw), (CURVE, curve)):
+            text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def search(
+    checkpoint: Checkpoint,
+    goal: Goal,
+    name: str,
+    *,
+    num_prompts: int,
+    measured: Sensitivity | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Found:
+    """The recipe for ``goal``, called ``name``. ``measured`` saves measuring the layers again.
+
+    Raises UsageError for a goal that cannot be reached or more prompts than the model names, or where
+    ``measured`` is of another model or of other prompts.
+    """
+    own = tuple(checkpoint.generation.prompts)
+    if not 1 <= num_prompts <= len(own):
+        raise UsageError(f"--num-prompts: expected 1 to {len(own)}, the model's own, got {num_prompts}")
+    prompts, seeds = own[:num_prompts], tuple(range(num_prompts))
+    if measured is not None and (measured.hash, measured.prompts) != (checkpoint.hash, prompts):
+        raise UsageError(
+            f"sensitivity: expected one of {checkpoint.name}, {checkpoint.hash[:12]}…, on {num_prompts} of "
+            f"its prompts, got one of {measured.model}, {measured.hash[:12]}…, on {len(measured.prompts)}"
+        )
+    progress("loading the checkpoint")
+    painter = Painter(checkpoint, prompts, seeds)
+    sensitivity = measured or measure(painter, checkpoint, progress)
+    allocator = Allocator(sensitivity)
+    fresh = tuple(FRESH + seed for seed in range(len(own)))
+    allocations = _curve(allocator)
+    if goal.budget_mib is not None:
+        chosen = allocator.under_bytes(int(goal.budget_mib * MIB))
+    elif goal.average_bits is not None:
+        chosen = allocator.under_bits(goal.average_bits)
+    else:
+        assert goal.drop is not None
+        progress("looking for the fewest bytes")
+        painter.use(own, fresh)
+        chosen = _smallest(allocator, painter, *goal.drop)
+        painter.use(prompts, seeds)
+    progress("drawing the allocations")
+    curve = _drawn({*allocations, chosen}, chosen, painter, sensitivity, (own, fresh))
+    facts = {k: v for k, v in dataclasses.asdict(next(p for p in curve if p.chosen)).items() if k != "chosen"}
+    found_by = (
+        f"edgeflow quantize: {goal}; each layer's error at the picture on {num_prompts} prompts of "
+        f"{checkpoint.name}, noise seeds 0 to {num_prompts - 1}; integer programming"
+    )
+    record = {"model": checkpoint.name, "hash": checkpoint.hash, **facts}
+    return Found(recipe_of(chosen, sensitivity, name, found_by, record), curve, sensitivity)
+
+
+def _curve(allocator: Allocator) -> list[Allocation]:
+    """Allocations from the least bytes to those of 8 bits and a little, evenly."""
+    least = allocator.least_bytes
+    most = allocator.of(["w8" if "w8" in x.errors else "float" for x in allocator.sensitivity.layers]).bytes
+    return [allocator.under_bytes(least + (most - least) * i // (POINTS - 1)) for i in range(POINTS)]
+
+
+def _smallest(allocator: Allocator, painter: Painter, metric: str, least_db: float) -> Allocation:
+    """The fewest bytes whose pictures hold the limit: bisection on the allowed sum of errors."""
+
+    def holds(allocation: Allocation) -> bool:
+        errors = painter.error(allocation.plan(allocator.sensitivity))
+        return _psnr(float(errors.max() if metric == "worst_psnr" else errors.mean())) >= least_db
+
+    best = allocator.under_error(0.0)  # all float, which draws the float model's own picture
+    low, high = 0.0, None
+    allowed = 10 ** (-least_db / 10)
+    for _ in range(9):
+        tried = allocator.under_error(allowed)
+        if holds(tried):
+            low = allowed
+            best = min(best, tried, key=lambda a: a.bytes)
+            if tried.bytes == allocator.least_bytes:
+                break
+        else:
+            high = allowed
+        if high is None:
+            allowed *= 4
+        else:
+            allowed = math.sqrt(low * high) if low else high / 4
+    return best
+
+
+def _drawn(
+    allocations: set[Allocation],
+    chosen: Allocation,
+    painter: Painter,
+    sensitivity: Sensitivity,
+    fresh: tuple[tuple[str, ...], tuple[int, ...]],
+) -> tuple[Point, ...]:
+    """The allocations by size, drawn on the search's noise and on fresh noise."""
+    ordered = sorted(allocations, key=lambda a: (a.bytes, a.error))
+    plans = [a.plan(sensitivity) for a in ordered]
+    same = [float(painter.error(plan).mean()) for plan in plans]
+    painter.use(*fresh)
+    other = [painter.error(plan) for plan in plans]
+    return tuple(
+        Point(
+            size_mib=round(a.bytes / MIB, 4),
+            average_bits=round(a.average_bits, 4),
+            predicted_psnr_db=_psnr(a.error),
+            psnr_db=_psnr(here),
+            fresh_psnr_db=_psnr(float(there.mean())),
+            fresh_worst_psnr_db=_psnr(float(there.max())),
+            chosen=a == chosen,
+        )
+        for a, here, there in zip(ordered, same, other, strict=True)
+    )
+
+
+def _psnr(error: float) -> float:
+    """dB of a mean squared error of pictures in [0, 1]; 200 for none, which JSON can hold."""
+    return round(-10 * math.log10(error), 2) if error > 1e-20 else 200.0

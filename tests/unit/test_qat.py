@@ -1,0 +1,203 @@
+"""Quantization-aware distillation: the fake quantization, and that its integers are the ones that ship."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.components import load_components
+from edgeflow.errors import ConfigError, DataError, UsageError
+from edgeflow.loading import load_part
+from edgeflow.quantization.fake import (
+    GAIN,
+    FakeQuantized,
+    fake_quantize,
+    fake_quantize_layer,
+    fitted,
+    float_state,
+    round_with,
+)
+from edgeflow.quantization.layers import dequantize
+from edgeflow.quantization.recipe import parse_recipe, read_recipe
+from edgeflow.quantization.schemes import SCHEMES, quantize
+from edgeflow.training.loop import start_run, train
+from edgeflow.training.presets import PRESETS
+from edgeflow.training.qat import QatObjective
+from edgeflow.training.qat_inputs import captions_of_pairs, prompts_of
+from edgeflow.training.run import Request, run_stage
+
+SHAPES = [(8, 64), (6, 64, 3, 3), (4, 32, 1, 1)]
+CAPTIONS = ["red apple, twemoji style", "sailboat, fluent flat style"]
+
+
+def a_weight(shape: tuple[int, ...], seed: int = 1) -> Tensor:
+    return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def config(**loop: Any) -> Any:
+    preset = PRESETS["tiny"]["qat"]
+    return dataclasses.replace(preset, loop=dataclasses.replace(preset.loop, **loop))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_weight_is_seen_as_it_will_be_stored(name: str, shape: tuple[int, ...]) -> None:
+    """Bit for bit: round to nearest with the weight's own scale, and torchao's own fake quantization."""
+    from torchao.quantization.quant_primitives import _fake_quantize_affine
+
+    how, weight = SCHEMES[name], a_weight(shape)
+    q, scale, zero = quantize(weight, how)
+    expected = dequantize(q, scale, zero, how.bits)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = fake_quantize(weight, name, None, None, None)
+    assert seen.dtype == torch.float32 and torch.equal(seen, expected)
+    block = how.block(shape)
+    point = torch.zeros_like(scale) if zero is None else zero.float()
+    theirs = _fake_quantize_affine(weight, block, scale, point, torch.int8, how.quant_min, how.quant_max)
+    assert torch.equal(seen, theirs)
+    if len(shape) == 4:
+        last = fake_quantize(weight.to(memory_format=torch.channels_last), name, None, None, None)
+        assert torch.equal(last, expected) and last.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_learned_scale_has_the_gradient_of_lsq(name: str) -> None:
+    """Against autograd through round(w/s) clipped, times s, with a straight-through rounding."""
+    how, shape = SCHEMES[name], (4, 64, 3, 3)
+    weight = a_weight(shape).requires_grad_()
+    start, zero = fitted(weight.detach(), how)
+    shift = (0.02 * torch.randn(start.shape, generator=torch.Generator().manual_seed(2))).requires_grad_()
+    towards = a_weight(shape, seed=3)
+    (fake_quantize(weight, name, start, shift, zero) * towards).sum().backward()
+    w, p = (t.detach().clone().requires_grad_() for t in (weight, shift))
+    exact = start * torch.exp(GAIN * p)
+    scale = exact + (exact.half().float() - exact).detach()
+    wide = scale.repeat_interleave(shape[1] // scale.shape[1], 1)
+    offset = 0 if zero is None else zero.float().repeat_interleave(shape[1] // zero.shape[1], 1)
+    steps = w / wide
+    level = steps + (torch.round(steps) - steps).detach() + offset
+    reference = (level.clamp(how.quant_min, how.quant_max) - offset) * wide
+    (reference * towards).sum().backward()
+    torch.testing.assert_close(weight.grad, w.grad)
+    torch.testing.assert_close(shift.grad, p.grad, rtol=1e-3, atol=1e-5)
+    assert shift.grad is not None and shift.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_fitted_scales_are_never_worse_than_covering_ones(name: str) -> None:
+    how, weight = SCHEMES[name], a_weight((16, 64))
+    q, scale, zero = quantize(weight, how)
+    covering = (dequantize(q, scale, zero, how.bits) - weight).square().sum()
+    scale, zero = fitted(weight, how)
+    error = (dequantize(round_with(weight, scale, zero, how), scale, zero, how.bits) - weight).square().sum()
+    assert error <= covering and (how.bits == 8 or error < 0.98 * covering)
+    assert torch.equal(scale, scale.half().float())
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_op_keeps_what_compilers_expect_of_one(learned: bool) -> None:
+    """Schema, gradient, shapes without data, and the same results through AOT autograd."""
+    layer: Any = nn.Conv2d(32, 4, 3)
+    fake_quantize_layer(layer, "w4g32", learned=learned)
+    arguments = (layer.weight, "w4g32", layer.scale_start, layer.scale_shift, layer.scale_zero)
+    torch.library.opcheck(fake_quantize, arguments)
+
+
+def test_layers_compile_whole_and_keep_their_names() -> None:
+    net = nn.Sequential(nn.Conv2d(32, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 4))
+    names = set(net.state_dict())
+    fake_quantize_layer(net[0], "w4g32", learned=True)
+    fake_quantize_layer(net[2], "w8", learned=False)
+    assert set(float_state(net)) == names
+    x = torch.randn(2, 32, 4, 4)
+    whole = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(x), net(x))
+    whole(x).square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("scales", ["learned", "weights"])
+def test_the_integers_it_learns_are_the_integers_that_ship(
+    scales: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Every dequantized weight of the written checkpoint is bit for bit what the averaged module ran with."""
+    source, recipe = Checkpoint.open(tiny_checkpoint), read_recipe("w4g32")
+    cfg = dataclasses.replace(config(steps=3, batch_size=2), scales=scales, perceptual_weight=0.0)
+    objective = QatObjective(cfg, source, recipe, CAPTIONS, torch.device("cpu"))
+    before = {name: p.clone() for name, p in objective.trained.named_parameters()}
+    start_run(tmp_path / "run", {}, resume=False)
+    train(objective, cfg.loop, tmp_path / "run", torch.device("cpu"), False)
+    assert all(not torch.equal(p, before[n]) for n, p in objective.trained.named_parameters() if "time" in n)
+    written = Checkpoint.open(tmp_path / "run" / "checkpoint")
+    checked = 0
+    for component, part in (("text_encoder", "text_encoder"), ("unet", "unet"), ("decoder", "vae")):
+        prefix = "decoder." if part == "vae" else ""
+        module, averaged = load_part(written, part), objective.averaged[component]
+        for inner in objective.layers[component].values():
+            layer = averaged.get_submodule(inner)
+            assert isinstance(layer, FakeQuantized)
+            assert torch.equal(module.get_submodule(prefix + inner).weight, layer.seen_weight()), inner
+            checked += 1
+        stored = module.state_dict()
+        for name, tensor in float_state(averaged).items():  # what stays float is trained too
+            if name.endswith("bias"):
+                assert torch.equal(stored[prefix + name], tensor), name
+    assert (
+        checked == sum(len(written.quantized_layers(part)) for part in ("text_encoder", "unet", "vae")) > 50
+    )
+    assert written.quantization is not None
+    assert written.quantization["source"] == {"name": "tiny", "hash": source.hash}
+    assert written.quantization["recipe"]["rules"] == recipe.raw["rules"]
+    assert "qat" in written.quantization["recipe"]["found_by"]
+    assert load_components(written)["pipeline"].module is not None
+
+
+def test_training_brings_the_pictures_nearer(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny_checkpoint)
+    cfg = dataclasses.replace(
+        config(steps=20, batch_size=4, learning_rate=1e-4, log_every=5), perceptual_weight=0.0
+    )
+    objective = QatObjective(cfg, source, read_recipe("w4g32"), CAPTIONS, torch.device("cpu"))
+    start_run(tmp_path / "run", {}, resume=False)
+    train(objective, cfg.loop, tmp_path / "run", torch.device("cpu"), False)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    ask = Request("qat", "tiny", tmp_path / "out", source=tiny_checkpoint)
+    with pytest.raises(UsageError, match=r"needs --recipe NAME\|FILE, captions: --pairs DIR"):
+        run_stage(ask)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    ask = dataclasses.replace(ask, prompts=tmp_path / "prompts.txt", recipe="w4g32")
+    with pytest.raises(ConfigError, match="scales: expected learned or weights, got 'both'"):
+        run_stage(dataclasses.replace(ask, overrides=("scales=both",)))
+    still = {
+        "schema": 1,
+        "name": "still",
+        "rules": [{"component": "unet", "pattern": "*", "scheme": "float"}],
+    }
+    (tmp_path / "still.json").write_text(json.dumps(still))
+    assert parse_recipe(still, "still").name == "still"
+    with pytest.raises(ConfigError, match="still: expected a recipe that quantizes a layer, got none"):
+        run_stage(dataclasses.replace(ask, recipe=str(tmp_path / "still.json")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("b\n\n a \nb\n")
+    assert prompts_of(tmp_path / "p.txt") == ["a", "b"]
+    (tmp_path / "captions.json").write_text('["y", "x", "y"]')
+    assert captions_of_pairs(tmp_path) == ["x", "y"]
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(DataError, match="expected one or more, got none"):
+        prompts_of(tmp_path / "p.txt")
+    with pytest.raises(DataError, match=r"expected captions\.json"):
+        captions_of_pairs(tmp_path / "nowhere")
