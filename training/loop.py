@@ -236,7 +236,10 @@ class _Teller:
         per_step = (now - self.told) / (done - self.done)
         speed = self.config.batch_size / per_step
         record = {"step": done, **means, "learning_rate": rate, "images_per_s": speed}
-        self.log.write({**record, "seconds": now - self.began})
+        record["seconds"] = now - self.began
+        if torch.cuda.is_initialized():
+            record["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        self.log.write(record)
         left = (self.config.steps - done) * per_step
         if self.config.minutes:
             left = min(left, max(0.0, 60 * self.config.minutes - (now - self.began)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeflow.errors import BackendMissing
+from edgeflow.training import scaling
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.draw import Draw
 from edgeflow.training.loop import averaged_copy, start_run, train
@@ -79,3 +80,23 @@ def test_tensorboard_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendMissing, match=r"edgeflow\[tensorboard\]"):
         require_tensorboard()
+
+
+def test_scaling_says_which_and_compares_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strong keeps the batch, weak each process's; a configuration that both share is run once."""
+    asked: list[tuple[int, int]] = []
+
+    def measured(stage: list[str], processes: int, batch_size: int, *rest: object) -> float:
+        asked.append((processes, batch_size))
+        return {(1, 8): 100.0, (2, 8): 150.0, (2, 16): 190.0}[processes, batch_size]
+
+    monkeypatch.setattr(scaling, "measure", measured)
+    rows = scaling.scaling(["teacher"], [1, 2], 8, 10, ["strong", "weak"], [])
+    told = [(r["mode"], r["processes"], r["batch_size"], r["images_per_s"], r["efficiency"]) for r in rows]
+    assert told == [
+        ("strong", 1, 8, 100.0, 1.0),
+        ("strong", 2, 8, 150.0, 0.75),
+        ("weak", 1, 8, 100.0, 1.0),
+        ("weak", 2, 16, 190.0, 0.95),
+    ]
+    assert asked == [(1, 8), (2, 8), (2, 16)]
