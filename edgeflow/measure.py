@@ -39,6 +39,8 @@ REPEAT_PSNR_DB = 60.0
 #: of parity's end to end.
 REFERENCE_PSNR_DB = {"fp32": 50.0, "fp16": 35.0}
 _WARM_UP = 2
+#: Between two turns, so that the threads of the one before have stopped spinning for work.
+_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -163,14 +165,21 @@ def _turned(items: Sequence[int], number: int) -> list[int]:
 def _take_turns(
     processes: Mapping[int, Process], order: Sequence[int], plan: Plan
 ) -> dict[int, list[dict[str, Any]]]:
-    """A round lets each process draw in turn; the warm-up's pictures are not kept."""
+    """A round lets each process draw in turn; pictures that warm it up are not kept."""
     for i in order:
         processes[i].order("run", _WARM_UP)
     turns: dict[int, list[dict[str, Any]]] = {i: [] for i in order}
     for number in range(plan.rounds):
         for i in _turned(list(order), number):
-            turns[i].append(processes[i].order("run", plan.runs))
+            time.sleep(_PAUSE_S)
+            turns[i].append(_without_first(processes[i].order("run", 1 + plan.runs)))
     return turns
+
+
+def _without_first(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn less its first picture, which finds the caches full of another process's data."""
+    graphs = {name: values[1:] for name, values in turn["graphs_ms"].items()}
+    return {**turn, "latency_ms": turn["latency_ms"][1:], "graphs_ms": graphs}
 
 
 @dataclass(frozen=True)

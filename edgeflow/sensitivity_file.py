@@ -1,6 +1,7 @@
 """Layers' sensitivities as a recipe's search wrote them: how much each layer's integers cost at the picture.
 
-Read from any JSON that holds, at any depth, a list of objects with ``component``, ``layer`` and a number.
+Read from any JSON that holds, at any depth, a list of objects with ``component``, ``layer`` and a number, or
+``errors``, a number for each scheme.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
     found = find_sensitivity(value, path.name)
     if found is None:
         raise DataError(
-            f"sensitivity: {path}: expected a list of objects with component, layer and one of "
+            f"sensitivity: {path}: expected a list of objects with component, layer and one of errors, "
             f"{', '.join(_KEYS)}, found none"
         )
     return found
@@ -36,6 +37,8 @@ def read_sensitivity(path: Path) -> Sensitivity:
 def find_sensitivity(value: Any, source: str) -> Sensitivity | None:
     """The first list of layers' costs within a JSON value, or None."""
     for items in _lists(value):
+        if all(_by_scheme(item) for item in items):
+            return _dearest(items, source)
         for key in _KEYS:
             if not all(isinstance(item.get(key), int | float) for item in items):
                 continue
@@ -46,6 +49,23 @@ def find_sensitivity(value: Any, source: str) -> Sensitivity | None:
             named = zip(map(_name, items), values, strict=True)
             return Sensitivity(source, figure, tuple(named))
     return None
+
+
+def _by_scheme(item: dict[str, Any]) -> bool:
+    errors = item.get("errors")
+    return (
+        isinstance(errors, dict) and bool(errors) and all(isinstance(v, int | float) for v in errors.values())
+    )
+
+
+def _dearest(items: list[dict[str, Any]], source: str) -> Sensitivity:
+    """The form of ``edgeflow quantize``'s search: each layer under the scheme that costs it most."""
+    layers = []
+    for item in items:
+        scheme, error = max(item["errors"].items(), key=lambda entry: float(entry[1]))
+        layers.append((_name({**item, "scheme": scheme}), float(error)))
+    figure = "Mean squared error of the pictures in [0, 1], under the scheme that costs the layer most"
+    return Sensitivity(source, figure, tuple(layers))
 
 
 def carried_sensitivity(report: VerdictReport) -> list[Sensitivity]:

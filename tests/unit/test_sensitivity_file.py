@@ -27,6 +27,15 @@ def test_a_list_is_found_at_any_depth_and_more_is_worse(tmp_path: Path) -> None:
     assert find_sensitivity(drops, "x").layers == (("unet a", 0.5),)  # type: ignore[union-attr]
 
 
+def test_a_search_with_an_error_a_scheme_shows_the_dearest() -> None:
+    layers = [
+        {"component": "unet", "layer": "a", "shape": [4, 4], "errors": {"w8": 1e-6, "w4g32": 2e-3}},
+        {"component": "unet", "layer": "b", "shape": [4, 3], "errors": {"w8": 4e-6}},
+    ]
+    found = find_sensitivity({"schema": 1, "model": "emoji", "layers": layers}, "sensitivity.json")
+    assert found is not None and found.layers == (("unet a, w4g32", 2e-3), ("unet b, w8", 4e-6))
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"layers": [{"component": "unet", "layer": "a"}]}', "[1, 2]"])
 def test_a_file_without_sensitivities_is_an_error(text: str, tmp_path: Path) -> None:
     path = tmp_path / "search.json"
