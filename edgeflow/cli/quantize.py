@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--sensitivity",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=click.Path(path_type=Path),
     metavar="FILE",
     help="The sensitivity.json of an earlier search, instead of measuring again.",
 )

@@ -36,12 +36,24 @@ BACKEND_SIDE = (
     "edgeflow.components",
     "edgeflow.quantization.apply",
     "edgeflow.quantization.layers",
+    "edgeflow.quantization.fake",
+    "edgeflow.quantization.sensitivity",
+    "edgeflow.quantization.allocate",
+    "edgeflow.quantization.search",
     "edgeflow.training",
     "edgeflow.exporters",
     "edgeflow.runtimes",
 )
 #: The spine's files that are torch's side themselves.
-TORCH_SIDE = ("edgeflow/components.py", "edgeflow/quantization/apply.py", "edgeflow/quantization/layers.py")
+TORCH_SIDE = (
+    "edgeflow/components.py",
+    "edgeflow/quantization/apply.py",
+    "edgeflow/quantization/layers.py",
+    "edgeflow/quantization/fake.py",
+    "edgeflow/quantization/sensitivity.py",
+    "edgeflow/quantization/allocate.py",
+    "edgeflow/quantization/search.py",
+)
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
 OWN_BACKEND = {
     "onnx_": {"onnxruntime"},
