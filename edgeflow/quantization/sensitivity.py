@@ -162,7 +162,8 @@ def measure(
     painter: Painter, checkpoint: Checkpoint, progress: Callable[[str], None] = lambda step: None
 ) -> Sensitivity:
     """Every layer under every candidate that divides its weight. Deterministic on one machine."""
-    found, count = [], sum(map(len, painter.layers.values()))
+    found: list[LayerErrors] = []
+    count = sum(map(len, painter.layers.values()))
     for component, layers in painter.layers.items():
         for name, layer in layers.items():
             progress(f"layer {len(found) + 1} of {count}: {component} {name}")
