@@ -41,7 +41,13 @@ BACKEND_SIDE = (
     "edgeflow.runtimes",
 )
 #: The spine's files that are torch's side themselves.
-TORCH_SIDE = ("edgeflow/components.py", "edgeflow/quantization/apply.py", "edgeflow/quantization/layers.py")
+TORCH_SIDE = (
+    "edgeflow/components.py",
+    "edgeflow/quantization/apply.py",
+    "edgeflow/quantization/calibration.py",
+    "edgeflow/quantization/gptq.py",
+    "edgeflow/quantization/layers.py",
+)
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
 OWN_BACKEND = {
     "onnx_": {"onnxruntime"},
