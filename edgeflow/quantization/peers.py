@@ -37,8 +37,6 @@ from edgeflow.errors import EdgeflowError
 from edgeflow.export import export_model
 from edgeflow.generate import load_runtime, run_pipeline
 from edgeflow.parity_reference import Sample, reference_from_checkpoint
-from edgeflow.quantization.apply import calibrated_recipe, quantize_checkpoint
-from edgeflow.quantization.calibration import PICTURES
 from edgeflow.quantization.recipe import read_recipe
 
 GROUP = 32
@@ -70,6 +68,9 @@ OURS = (
 def our_rows(
     checkpoint: Checkpoint, samples: tuple[Sample, ...], work: Path, prompts: str | None
 ) -> Iterator[Row]:
+    from edgeflow.quantization.apply import calibrated_recipe, quantize_checkpoint
+    from edgeflow.quantization.calibration import PICTURES
+
     for bits, name, rounding, backend in OURS:
         out = work / f"{name}-{rounding}"
         source = None if rounding == "nearest" else prompts
