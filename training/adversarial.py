@@ -140,7 +140,9 @@ class AdversarialObjective:
         latent = noise + self.trained["unet"](noise, t, text).sample.float()
 
         wanted, captions, others = self._real_side(target, self._caption(text))
-        uniform = self.draw.uniform(2, UNIFORMS).flatten(0, 1)  # a row for each picture, and more
+        uniform = torch.cat(
+            [self.draw.uniform(UNIFORMS), self.draw.uniform(UNIFORMS)]
+        )  # rows enough, and more
         changed = Augmentation(uniform[: batch + others], config.augment)
         with torch.no_grad():
             real = self.features(changed.apply(self._decode(wanted)))

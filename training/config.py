@@ -24,7 +24,9 @@ class LoopConfig:
     steps: int
     batch_size: int  # of all processes together
     learning_rate: float
-    minutes: float = 0.0  # stop after this much wall time even if steps remain; 0: no limit
+    minutes: float = (
+        0.0  # stop after this much training even if steps remain; compiling is not counted; 0: no limit
+    )
     warmup_steps: int = 200
     decay_fraction: float = 0.0  # the last part of the run over which the rate falls to zero; 0: constant
     weight_decay: float = 0.01

@@ -50,11 +50,6 @@ class Corpus:
         return [f"{self.keys[i]} ({self.captions[i]})" for i in index.tolist()]
 
 
-def random_index(count: int, size: int, device: torch.device) -> Tensor:
-    """``size`` indices below ``count``, with replacement, from the default generator (int64)."""
-    return torch.randint(count, (size,), device=device)
-
-
 def encode_captions(captions: Iterable[str], tokenizer_dir: Path, device: torch.device) -> Tensor:
     """Token ids (N, L) int64, padded and cut at the tokenizer's own length."""
     tokenizer = ClipTokenizer.from_folder(tokenizer_dir)

@@ -36,7 +36,7 @@ from edgeflow.training.config import LoopConfig
 from edgeflow.training.diagnosis import check_finite
 from edgeflow.training.parallel import Processes
 from edgeflow.training.state import METRICS, STATE, Log, load_state, save_state
-from edgeflow.training.step import Step
+from edgeflow.training.step import SETTLING_STEPS, Step
 
 
 class Objective(Protocol):
@@ -86,7 +86,7 @@ def train(objective: Objective, config: LoopConfig, out: Path, device: torch.dev
     processes.share([*objective.trained.state_dict().values(), *objective.averaged.state_dict().values()])
     processes.share_random_state()
     prepare: Callable[[int], None] = getattr(objective, "prepare", lambda done: None)
-    clock, keeper = _Clock(processes, done), _Keeper(objective, config, out, step)
+    clock, keeper = _Clock(processes, done, config), _Keeper(objective, config, out, step)
     with contextlib.closing(step), _Teller(config, out, done, processes.main) as teller:
         while done < config.steps:
             seconds = clock.seconds(done) if config.minutes else 0.0
@@ -144,20 +144,25 @@ def _ema_decay(done: int, config: LoopConfig) -> float:
 
 
 class _Clock:
-    """Seconds since the call began. Many processes go by the first one's clock: it is read at :meth:`agree`,
-    and between two readings every process adds the same time for each step."""
+    """Seconds of training since the call began, less its first steps where these compile and capture: minutes
+    buy training. Many processes go by the first one's clock: it is read at :meth:`agree`, and
+    between two readings every process adds the same time for each step."""
 
-    def __init__(self, processes: Processes, done: int):
+    def __init__(self, processes: Processes, done: int, config: LoopConfig):
         self.processes, self.first = processes, done
+        self.free = done + (SETTLING_STEPS if config.compile or config.cuda_graph else 0)
         self.began, self.read, self.at, self.pace = time.monotonic(), 0.0, done, 0.0
 
     def seconds(self, done: int) -> float:
+        if done < self.free:
+            self.began, self.at = time.monotonic(), done
+            return 0.0
         if self.processes.size == 1:
             return time.monotonic() - self.began
         return self.read + self.pace * (done - self.at)
 
     def agree(self, done: int, every: int) -> None:
-        if self.processes.size == 1 or (done - self.first > 10 and done % every):
+        if done <= self.free or self.processes.size == 1 or (done - self.first > 10 and done % every):
             return
         now = time.monotonic() - self.began
         told = torch.tensor(

@@ -110,7 +110,8 @@ def _caption(table: Table) -> list[str]:
     return [
         f"Preset `{settings['preset']}`, seed{'s' * (len(table['seeds']) > 1)} {seeds}, on {names}, "
         f"torch {v['torch']}, diffusers {v['diffusers']}.",
-        f"Budgets: {budget} (wall time of the loop, compilation included); {targets}.",
+        f"Budgets: {budget} (wall time of training, compilation apart; the minutes below include it); "
+        f"{targets}.",
         f"{each.capitalize()} for each of {data['prompts']} captions of split `{data['split']}` of "
         f"{data['name']} ({count} drawn), the same noise for every row and seed, judged by "
         f"{quality['features'][0]} against the captions' {data['prompts']} real pictures;",

@@ -17,7 +17,7 @@ small      the 2-rectified flow's matching blocks 2/3·M   as ``distilled``, hal
 ========== ====================================== ======= ==============================================
 
 Every stage is ``edgeflow train`` in a process of its own, its minutes the loop's wall time, compilation
-included. A stage that is finished is kept: the same command goes on where it was cut short. Then all rows are
+apart. A stage that is finished is kept: the same command goes on where it was cut short. Then all rows are
 measured at once on the same captions and noise. ``OUT/table.json`` (schema 1) holds rows, stages, settings
 and machine.
 """

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from edgeflow.training.loop import Objective
 
 _EAGER_STEPS = 3  # run before a CUDA graph is captured: allocations, compilation and cuDNN's choices settle
+#: Steps that take long: those, and the one that captures.
+SETTLING_STEPS = _EAGER_STEPS + 1
 
 
 class Step:

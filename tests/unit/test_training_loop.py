@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from edgeflow.errors import OutputExistsError, TrainingError
+from edgeflow.training import loop
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.loop import averaged_copy, check_run, start_run, train
+from edgeflow.training.parallel import Processes
 
 CONFIG = LoopConfig(steps=12, batch_size=16, learning_rate=1e-2, warmup_steps=2, log_every=4)
 
@@ -102,3 +104,14 @@ def test_resuming_what_is_not_there_or_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "run" / "state.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TrainingError, match="does not fit this run"):
         run(tmp_path / "run", CONFIG, resume=True)
+
+
+def test_minutes_begin_after_the_steps_that_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute of compiling and capturing is not a minute of training; without either every step counts."""
+    now = iter(range(0, 6000, 60))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(now))
+    alone = Processes.current(torch.device("cpu"))
+    compiled = loop._Clock(alone, 10, LoopConfig(100, 8, 1e-3, compile=True))
+    assert [compiled.seconds(done) for done in range(10, 16)] == [0, 0, 0, 0, 60, 120]
+    eager = loop._Clock(alone, 10, LoopConfig(100, 8, 1e-3))
+    assert [eager.seconds(done) for done in range(10, 12)] == [60, 120]
