@@ -393,7 +393,7 @@ def configurations(
 
 def distinct_names(sources: Sequence[str], names: Sequence[str] | None = None) -> list[str]:
     """Names of models (by default their folders'); where some are alike, with the folders above them."""
-    paths = [Path(source).resolve().parts if Path(source).exists() else (source,) for source in sources]
+    paths = [Path(source).absolute().parts if Path(source).exists() else (source,) for source in sources]
     given = list(names) if names is not None else [parts[-1] for parts in paths]
     made = list(given)
     for i, name in enumerate(given):
