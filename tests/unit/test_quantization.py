@@ -165,7 +165,7 @@ def test_everything_wrong_in_a_recipe_is_said_at_once(raw: Any, said: str) -> No
 
 
 def test_an_unknown_recipe_and_a_broken_file(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="w4g32, w8"):
+    with pytest.raises(UnknownNameError, match="w4g32, w6, w8"):
         recipes.read_recipe("w5")
     (tmp_path / "r.json").write_text("{")
     with pytest.raises(ConfigError, match="expected JSON"):
