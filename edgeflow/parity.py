@@ -136,7 +136,7 @@ def measure(
         if model not in references:
             references[model] = reference
             say(f"{spec.name}: rewrite")
-            rows += _rewrite(spec, reference, limits)
+            rows += _rewrite(spec, reference, {**recipe_gates(bundle), **limits})
             rows += quantization_rows(bundle, checkpoint, reference, floats)
             notes += _notes(spec, reference)
         say(f"{label}: {runtime or bundle.manifest.backend}")

@@ -15,7 +15,7 @@ an error.
 ``rounding`` (optional) is how the integers were chosen: ``{"method": "nearest"}``, or ``gptq`` with the
 prompts, pictures and seed it was calibrated on.
 ``gates`` (optional) is what the quantization gap must hold at the pipeline's picture (``sqnr_db``,
-``psnr_db``) and, for a recipe that rounds activations, other limits of ``lowering`` and ``end-to-end`` in dB;
+``psnr_db``) and, for a recipe that rounds activations, other limits for parity's gates (BUNDLE_GATES);
 ``found_by`` and ``measured`` say where the recipe comes from and are free in form.
 """
 
@@ -38,7 +38,7 @@ RECIPES = Path(__file__).parent / "recipes"
 GATES = ("sqnr_db", "psnr_db")
 #: Parity's gates that a recipe which rounds activations may set: a value that lies between two steps of its
 #: grid goes to one or the other by the last bit of its float, and no two runtimes agree on that bit.
-BUNDLE_GATES = ("lowering", "end-to-end")
+BUNDLE_GATES = ("rewrite", "rewrite-max-abs", "lowering", "end-to-end")
 #: How integers are chosen: each weight by itself, or so that layers keep outputs (quantization.gptq).
 NEAREST, GPTQ = METHODS = ("nearest", "gptq")
 _KEYS = {"schema", "name", "rules", "rounding", "gates", "found_by", "measured"}
@@ -114,9 +114,7 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         known = ", ".join((*GATES, *BUNDLE_GATES))
         wrong.append(f"gates: expected numbers for some of {known}, got {gates!r}")
     elif set(gates) & set(BUNDLE_GATES) and not rounds_activations(raw):
-        wrong.append(
-            f"gates: {' and '.join(BUNDLE_GATES)}: expected a rule that rounds activations, found none"
-        )
+        wrong.append(f"gates: {', '.join(BUNDLE_GATES)}: expected a rule that rounds activations, found none")
     rounding = raw.get("rounding", {"method": NEAREST})
     if not isinstance(rounding, dict) or rounding.get("method") not in METHODS:
         wrong.append(f"rounding: expected a method, one of {', '.join(METHODS)}, got {rounding!r}")

@@ -242,9 +242,11 @@ def test_without_the_float_checkpoint_the_gap_is_said_to_be_unmeasured(exported:
 # --- activations ----------------------------------------------------------------------------------------
 
 #: Inputs rounded in linears and convolutions, of which one has no bias; text and keys and values keep theirs.
+_SHIPPED = json.loads((RECIPES / "w8a8.json").read_text())
 W8A8: dict[str, Any] = {
-    **json.loads((RECIPES / "w8a8.json").read_text()),
-    "gates": {"lowering": 30, "end-to-end": 30},
+    **_SHIPPED,
+    "rules": [*_SHIPPED["rules"][:-1], {"component": "decoder", "pattern": "*", "scheme": "w8a8"}],
+    "gates": {"rewrite": 30, "lowering": 30, "end-to-end": 30},
 }
 
 
