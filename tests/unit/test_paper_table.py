@@ -184,7 +184,7 @@ def test_tables_that_are_not_of_a_kind_are_refused() -> None:
         (
             ["--data", ".", "--teacher", "{tiny}", "-o", "{tmp}/out", "--preset", "huge"],
             2,
-            "known: emoji, tiny",
+            "known: emoji, sd15, sd15-second, tiny",
         ),
     ],
 )

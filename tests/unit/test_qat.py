@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ from edgeflow.quantization.layers import dequantize
 from edgeflow.quantization.recipe import parse_recipe, read_recipe
 from edgeflow.quantization.schemes import SCHEMES, quantize
 from edgeflow.training.loop import start_run, train
+from edgeflow.training.pair_shards import Shard, shard_path, write_shard
 from edgeflow.training.presets import PRESETS
 from edgeflow.training.qat import QatObjective
-from edgeflow.training.qat_inputs import captions_of_pairs, prompts_of
+from edgeflow.training.qat_inputs import captions_of_pairs
 from edgeflow.training.run import Request, run_stage
 
 SHAPES = [(8, 64), (6, 64, 3, 3), (4, 32, 1, 1)]
@@ -200,12 +202,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path,
 
 
 def test_captions(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("b\n\n a \nb\n")
-    assert prompts_of(tmp_path / "p.txt") == ["a", "b"]
-    (tmp_path / "captions.json").write_text('["y", "x", "y"]')
+    latents = np.zeros((3, 4, 8, 8), np.float16)
+    shard = Shard(np.arange(3), ["y", "x", "y"], latents)
+    write_shard(shard_path(tmp_path, 0), 0, shard, np.ones(3, np.float32))
+    (tmp_path / "pairs.json").write_text("{}")
     assert captions_of_pairs(tmp_path) == ["x", "y"]
-    (tmp_path / "p.txt").write_text("\n")
-    with pytest.raises(DataError, match="expected one or more, got none"):
-        prompts_of(tmp_path / "p.txt")
-    with pytest.raises(DataError, match=r"expected captions\.json"):
+    with pytest.raises(DataError, match="nowhere"):
         captions_of_pairs(tmp_path / "nowhere")

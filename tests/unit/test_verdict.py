@@ -304,11 +304,15 @@ def test_figures_are_those_of_quality(
 
         patch.setattr(
             "edgeflow.training.evaluate.Settings",
-            lambda **given: Settings(**{"kid_subsets": 2, "floor_draws": 2, "agreement_steps": 20, **given}),
+            lambda **given: Settings(
+                **{"kid_subsets": 1000, "floor_draws": 2, "agreement_steps": 20, **given}
+            ),
         )
         assert main(["quality", str(tiny_checkpoint), "--data", str(data), "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)["rows"][0]["figures"]
-    assert figures["kid"] == pytest.approx(plain["kid"], rel=1e-6)  # 12 pictures: every subset is all of them
+    assert figures["kid"] == pytest.approx(
+        plain["kid"], rel=0.02
+    )  # the mean of a thousand halves of 12 pictures
     assert figures["fd"] == pytest.approx(plain["frechet"], rel=1e-9)
     assert figures["r_at_1"] == pytest.approx(plain["r_at_1"], abs=1e-6)
 
