@@ -307,3 +307,15 @@ def test_bad_requests_are_one_sentence(
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert words in message and message.startswith("error: ")
         assert not Path(out).exists(), "a refused request left something behind"
+
+
+def test_a_teacher_goes_on_from_a_teacher(runs: Path, data: Path, tmp_path: Path) -> None:
+    """At rate 0 the result is what it began with: weights, text encoder and vocabulary."""
+    out = tmp_path / "teacher"
+    rate = ("--set", "loop.learning_rate=0.0", "--steps", 1)
+    train("teacher", "--data", data, "--from", runs / "teacher", *rate, "-o", out)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        ours, theirs = (load_file(run / "checkpoint" / name) for run in (out, runs / "teacher"))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # the average sums weights of one
+    for file in (runs / "teacher/checkpoint/tokenizer").iterdir():
+        assert (out / "checkpoint/tokenizer" / file.name).read_bytes() == file.read_bytes()
