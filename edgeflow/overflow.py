@@ -78,13 +78,13 @@ def wide_nodes(ranges: Iterable[Range]) -> Wide:
 
 
 def described(ranges: Iterable[Range], wide: Wide, squares: bool) -> tuple[str, ...]:
-    """What a manifest lists: ``decoder.conv_in (conv2d): 1.2e+05``. ``squares``: with group norms' squares."""
+    """What a manifest lists: ``decoder.conv_in (conv2d): 1.2e+05``. ``squares``: norms' too."""
     names = wide.values | wide.inside | (wide.squares if squares else frozenset())
     return tuple(f"{r.place}: {max(r.largest, r.inside):.1e}" for r in ranges if r.node in names)
 
 
 def check_strict(found: Mapping[str, Sequence[str]]) -> None:
-    """Raise ExportError naming the first operation of each graph that must stay float32; for none, nothing."""
+    """Raise ExportError naming the first operation of each graph that must stay float32, if any."""
     listed = [f"{graph}: {len(ops)} operations, the first {ops[0]}" for graph, ops in found.items() if ops]
     if listed:
         raise ExportError(

@@ -106,9 +106,9 @@ def measure(
     ``against`` is the checkpoint; by default the one that the manifest names, if it is there and its hash is
     the manifest's. ``runtime`` is by default the bundle's own. ``gates`` replaces limits by name
     (parity_report.GATE_NAMES). ``unquantized`` is the float checkpoint of quantized bundles; by default the
-    one that their checkpoint names, if it is there. ``isolate`` gives the originals and each runtime a process
-    of its own (edgeflow.parity_isolated), by default where a bundle is large. ``progress`` is told what is
-    being measured.
+    one that their checkpoint names, if it is there. ``isolate`` gives the originals and each runtime a
+    process of its own (edgeflow.parity_isolated), by default where a bundle is large. ``progress`` is told
+    what is being measured.
 
     Raises BundleError, CheckpointError (also when ``against`` is not what a bundle was exported from),
     UsageError for more prompts than there are, UnknownNameError, and BackendMissing before anything is

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from edgeflow import errors
@@ -88,10 +88,8 @@ def call(what: str, target: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _close(pipe: IO[bytes]) -> None:
-    try:
+    with suppress(BrokenPipeError):
         pipe.close()
-    except BrokenPipeError:
-        pass
 
 
 def _rebuilt(name: str, message: str, exit_code: int) -> EdgeflowError:

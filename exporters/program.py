@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Program:
 
     spec: ComponentSpec
     exported: ExportedProgram
-    wide: Wide = Wide()
+    wide: Wide = field(default_factory=Wide)
 
 
 def dequantize_op() -> Any:

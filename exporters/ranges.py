@@ -45,8 +45,8 @@ class _Recorder(torch.fx.Interpreter):
             found = Range(n.name, op, _module(n), _largest(result), _inside(op, args, n.kwargs, self.env))
             if not found.finite:
                 raise ExportError(
-                    f"export: {self._graph}: {found.place}: expected finite values in fp32 on the model's own "
-                    f"prompts, got {found.largest}"
+                    f"export: {self._graph}: {found.place}: expected finite values in fp32 on the model's "
+                    f"own prompts, got {found.largest}"
                 )
             self.ranges.append(found)
         return result

@@ -54,6 +54,19 @@ if TYPE_CHECKING:
     metavar="DTYPE",
     help="What the pipeline graph draws: float32 in [0, 1] or uint8.",
 )
+@click.option(
+    "--strict-precision",
+    "strict",
+    is_flag=True,
+    help="An operation that would overflow float16 is an error; else it stays float32 in fp16 bundles.",
+)
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many of the model's prompts the bundle's reference holds; on them every value is checked to "
+    "be finite.  [default: 4, or 1 for a model of a GiB or more]",
+)
 @click.option("--parity/--no-parity", default=True, help="Measure the bundles against PyTorch afterwards.")
 @change_options
 @options.out_option("Folder for the bundles, each at <backend>-<graph>-<precision>.")
@@ -66,6 +79,8 @@ def command(
     precisions: tuple[str, ...],
     layouts: tuple[str, ...],
     picture: str,
+    strict: bool,
+    num_prompts: int | None,
     parity: bool,
     changes: dict[str, Any],
     out: Path,
@@ -95,6 +110,8 @@ def command(
             picture=picture,
             out=out,
             force=force,
+            strict=strict,
+            num_prompts=num_prompts,
             progress=say,
         )
         report = None
@@ -121,18 +138,27 @@ def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> Non
         table.add_column(column, no_wrap=True)
     table.add_column("graphs MiB", justify="right")
     table.add_column("in all MiB", justify="right")
+    table.add_column("ops kept fp32", justify="right")
     for facts in bundles:
         texts = [str(facts[key]) for key in ("path", "backend", "graph", "precision")]
-        table.add_row(*texts, f"{facts['graphs_mib']:.2f}", f"{facts['size_mib']:.2f}")
+        texts += [f"{facts['graphs_mib']:.2f}", f"{facts['size_mib']:.2f}"]
+        table.add_row(*texts, str(sum(map(len, facts["fp32_ops"].values()))) if _is_half(facts) else "")
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 240  # a pipe's reader gets whole paths
     console.print(table)
+    for facts in bundles:
+        for graph, ops in facts["fp32_ops"].items():
+            console.print(f"{facts['path']}: {graph}: float32, as float16 would overflow: {', '.join(ops)}")
     if report is not None:
         from edgeflow.parity_report import print_report
 
         console.print()
         print_report(report)
+
+
+def _is_half(facts: dict[str, Any]) -> bool:
+    return facts["precision"] == "fp16"
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -147,4 +173,5 @@ def _facts(path: Path) -> dict[str, Any]:
         "precision": bundle.manifest.precision,
         "graphs_mib": bundle.graph_bytes() / 2**20,
         "size_mib": size / 2**20,
+        "fp32_ops": {graph: list(ops) for graph, ops in bundle.manifest.fp32_ops.items()},
     }
