@@ -27,6 +27,7 @@ from edgeflow.staging import staged_folder
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgeflow.export_plan import ExportPlan
     from edgeflow.registry import Exporter
 
 PRECISIONS = ("fp32", "fp16")
@@ -169,6 +170,19 @@ def plan(
         for layout in dict.fromkeys(layouts)
         for precision in dict.fromkeys(precisions)
     ]
+
+
+def plan_of(
+    checkpoint: Checkpoint, jobs: Sequence[_Job], out: Path, num_prompts: int | None, *, parity: bool
+) -> ExportPlan:
+    """What the export of these bundles will do and take. Raises ExportError as ``export_model`` does."""
+    from edgeflow.export_plan import plan_export
+
+    check_exportable(checkpoint)
+    _check_palettes(checkpoint, jobs)
+    count = num_prompts or (1 if tasks.is_large(checkpoint) else NUM_REFERENCES)
+    asked = [(job.exporter.backend, job.precision, LAYOUTS[job.layout]) for job in jobs]
+    return plan_export(checkpoint, asked, out, num_prompts=count, parity=parity)
 
 
 def _check_palettes(checkpoint: Checkpoint, jobs: Sequence[_Job]) -> None:

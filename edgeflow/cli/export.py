@@ -12,6 +12,7 @@ from edgeflow.cli import options
 from edgeflow.cli.changes import change_options, opened
 
 if TYPE_CHECKING:
+    from edgeflow.export_plan import ExportPlan
     from edgeflow.parity_report import ParityReport
 
 
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     help="How many of the model's prompts the bundle's reference holds; on them every value is checked to "
     "be finite.  [default: 4, or 1 for a model of a GiB or more]",
 )
+@click.option("--dry-run", is_flag=True, help="Print the plan, with what it will take, and write nothing.")
 @click.option("--parity/--no-parity", default=True, help="Measure the bundles against PyTorch afterwards.")
 @change_options
 @options.out_option("Folder for the bundles, each at <backend>-<graph>-<precision>.")
@@ -81,6 +83,7 @@ def command(
     picture: str,
     strict: bool,
     num_prompts: int | None,
+    dry_run: bool,
     parity: bool,
     changes: dict[str, Any],
     out: Path,
@@ -93,14 +96,22 @@ def command(
     one step. All bundles
     appear at the end, or none does. Equal inputs give equal bytes.
 
+    A model of a GiB or more in fp32 is exported and measured in processes of its own, one graph at a time.
+    A plan that the disk, or for such a model the memory, cannot hold is refused before work starts (exit
+    code 1), with --dry-run too.
+
     Exit codes: 0 done, 1 failed, 2 usage, 3 a parity gate failed (the bundles are written all the same),
     4 a backend is not installed.
     """
-    from edgeflow.export import export_model, plan
+    from edgeflow.export import export_model, plan, plan_of
 
-    plan(backends, precisions, layouts, picture)
+    jobs = plan(backends, precisions, layouts, picture)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(opened(model, changes))
+        planned = plan_of(checkpoint, jobs, out, num_prompts, parity=parity)
+        if dry_run:
+            return _print_plan(planned, as_json)
+        planned.check()
         say = options.spinner(stack)
         paths = export_model(
             checkpoint,
@@ -122,6 +133,14 @@ def command(
     _print(paths, report, as_json)
     if report is not None:
         report.check()
+
+
+def _print_plan(planned: ExportPlan, as_json: bool) -> None:
+    if as_json:
+        options.print_json(planned.as_dict())
+    else:
+        click.echo(planned.render())
+    planned.check()
 
 
 def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> None:
