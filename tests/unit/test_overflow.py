@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from edgeflow.errors import ExportError
@@ -90,3 +92,35 @@ def test_ranges_are_those_of_the_values() -> None:
     y = (module.norm(x) * 3).reshape(4, 4)
     assert by_op["scaled_dot_product_attention"].inside == pytest.approx((y @ y.T / 2).abs().max().item())
     assert by_op["mul"].largest == pytest.approx(y.abs().max().item())
+
+
+def test_exporting_to_openvino_reports_to_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("openvino")
+    telemetry = pytest.importorskip("openvino_telemetry")
+    from openvino_telemetry.backend import backend_ga4
+
+    from edgeflow.components import Component, ComponentSpec
+    from edgeflow.exporters.program import build_program
+    from edgeflow.exporters.to_openvino import OpenVinoExporter
+    from edgeflow.spec import TensorSpec
+
+    sent: list[object] = []
+    monkeypatch.delenv("CI", raising=False)
+    for name in ("send_event", "send_error", "start_session"):
+        real = getattr(telemetry.Telemetry, name)
+
+        def noted(self, *args, real=real, **kwargs):
+            if self.consent:
+                sent.append(args)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(telemetry.Telemetry, name, noted)
+    monkeypatch.setattr(backend_ga4.GA4Backend, "send", lambda self, message: sent.append(message))
+    ids = TensorSpec("input_ids", (1, 4), "int32", "input_ids")
+    out = TensorSpec("last_hidden_state", (1, 4, 8), "float32", "last_hidden_state")
+    module = torch.nn.Embedding(5, 8).eval()
+    example = {"input_ids": torch.zeros(1, 4, dtype=torch.int32)}
+    program = build_program(Component(ComponentSpec("text_encoder", (ids,), (out,)), module, module, example))
+    OpenVinoExporter().lower(program, tmp_path, precision="fp32", layout="components")
+    assert sent == []
