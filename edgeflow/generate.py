@@ -168,7 +168,8 @@ class Generator:
             from edgeflow.low_memory import one_at_a_time
 
             expect_fitting(model, runtime)
-            generator = cls(model, one_at_a_time(model, runtime or default_runtime(model)))
+            frugal: Any = one_at_a_time(model, runtime or default_runtime(model))
+            generator = cls(model, frugal)
             generator._fused = False
             return generator
         if sampling is None:

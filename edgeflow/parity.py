@@ -230,7 +230,8 @@ def _bundle_rows(
             if isolate:
                 child = stack.enter_context(worker.worker(f"runtime {rows[0].runtime}"))
                 child.call("edgeflow.generate:load_runtime", bundle, runtime, hold=True)
-                drawn = _Drawn(worker.Held(child), bundle)
+                held: Any = worker.Held(child)
+                drawn = _Drawn(held, bundle)
             else:
                 drawn = _Drawn(load_runtime(bundle, runtime), bundle)
         except RuntimeFailure as error:
