@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ class Manifest:
     graphs: tuple[GraphSpec, ...]
     files: dict[str, FileEntry]  # every file but the manifest, by POSIX path relative to the root
     versions: dict[str, str]  # edgeflow and the tools that made it
+    fp32_ops: dict[str, tuple[str, ...]] = field(default_factory=dict)  # graph → float32 in an fp16 bundle
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -75,6 +76,7 @@ class Manifest:
                 graphs=tuple(_graph(g) for g in raw["graphs"]),
                 files={name: FileEntry(**entry) for name, entry in raw["files"].items()},
                 versions=raw["versions"],
+                fp32_ops={graph: tuple(ops) for graph, ops in raw.get("fp32_ops", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from edgeflow.checkpoint import KINDS, Checkpoint
 from edgeflow.errors import ExportError
-from edgeflow.loading import check_classes, load_modules
-from edgeflow.spec import FIRST_TIMESTEP, PIPELINE, GenerationSpec, TensorSpec
+from edgeflow.loading import check_classes, load_part
+from edgeflow.spec import COMPONENTS, FIRST_TIMESTEP, PIPELINE, GenerationSpec, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,29 +80,53 @@ class Component:
 _DTYPES = {"float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
 
 
-def load_components(checkpoint: Checkpoint, picture: str = "float32") -> dict[str, Component]:
-    """The components of a one-step checkpoint by name: text_encoder, unet, decoder, pipeline.
+#: Component → the parts of a checkpoint that it is made from.
+PARTS_OF: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("text_encoder",),
+    "unet": ("unet",),
+    "decoder": ("vae",),
+    PIPELINE: ("text_encoder", "unet", "vae"),
+}
 
-    Weights are fp32, whatever the files hold. ``picture`` is the pipeline's output: float32 in [0, 1] or
-    uint8. Raises ExportError for a model that does not draw in one step or whose parts are of a class
-    edgeflow has no rewrite for, CheckpointError for weights that do not fit their config.
+
+def load_components(
+    checkpoint: Checkpoint, picture: str = "float32", names: Sequence[str] = (*COMPONENTS, PIPELINE)
+) -> dict[str, Component]:
+    """The components of a one-step checkpoint by name, those of ``names``: by default all.
+
+    Weights are fp32, whatever the files hold; only the parts that ``names`` need are read. ``picture`` is the
+    pipeline's output: float32 in [0, 1] or uint8. Raises ExportError for a model that does not draw in one
+    step or whose parts are of a class edgeflow has no rewrite for, CheckpointError for weights that do not
+    fit their config.
     """
     check_exportable(checkpoint)
     spec = checkpoint.generation
-    text, unet, vae = load_modules(checkpoint)
-    text_encoder, decoder = TextEncoder(text), Decoder(vae)
-    modules: dict[str, nn.Module] = {
-        "text_encoder": text_encoder,
-        "unet": Velocity(_anchored(unet)),
-        "decoder": decoder,
-        PIPELINE: Pipeline(text_encoder, _folded(unet, spec.timestep), decoder, spec.latent_scale),
-    }
+    needed = {part for name in names for part in PARTS_OF[name]}
+    text, unet, vae = (
+        load_part(checkpoint, part) if part in needed else None for part in ("text_encoder", "unet", "vae")
+    )
+    text_encoder = None if text is None else TextEncoder(text)
+    decoder = None if vae is None else Decoder(vae)
+
+    def module(name: str) -> nn.Module:
+        if name == "text_encoder" and text_encoder is not None:
+            return text_encoder
+        if name == "decoder" and decoder is not None:
+            return decoder
+        if name == "unet":
+            return Velocity(_anchored(unet))
+        assert text_encoder is not None and decoder is not None
+        return Pipeline(text_encoder, _folded(unet, spec.timestep), decoder, spec.latent_scale)
+
     originals = _originals(text, unet, vae, spec)
     components = {
-        s.name: Component(s, modules[s.name].eval(), originals[s.name], _example(s))
-        for s in _component_specs(spec, int(text.config.hidden_size))
+        s.name: Component(s, module(s.name).eval(), originals[s.name], _example(s))
+        for s in _component_specs(spec, int(checkpoint.config("text_encoder")["hidden_size"]))
+        if s.name in names
     }
-    return {**components, PIPELINE: with_picture(components[PIPELINE], picture)}
+    if PIPELINE in components:
+        components[PIPELINE] = with_picture(components[PIPELINE], picture)
+    return components
 
 
 def with_picture(pipeline: Component, picture: str) -> Component:

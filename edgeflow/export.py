@@ -15,19 +15,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeflow import __version__, registry
+from edgeflow import __version__, overflow, registry, worker
+from edgeflow import export_tasks as tasks
 from edgeflow.bundle import REFERENCE, TOKENIZER, Manifest, write_bundle_files, write_reference
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import UnknownNameError, UsageError
-from edgeflow.spec import COMPONENTS, PIPELINE, GenerationSpec
+from edgeflow.overflow import Range, Wide
+from edgeflow.spec import COMPONENTS, PIPELINE, GraphSpec
 from edgeflow.staging import staged_folder
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
 
-    from edgeflow.components import Component
-    from edgeflow.exporters.program import Program
+    from edgeflow.export_plan import ExportPlan
     from edgeflow.registry import Exporter
 
 PRECISIONS = ("fp32", "fp16")
@@ -61,32 +61,79 @@ def export_model(
     picture: str = "float32",
     out: Path,
     force: bool = False,
+    strict: bool = False,
+    num_prompts: int | None = None,
+    isolate: bool | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[Path]:
     """Write one bundle per backend, layout and precision at ``out/<backend>-<layout>-<precision>``.
 
-    ``picture`` is the pipeline's output, float32 in [0, 1] or uint8. ``progress`` is told each step in
-    words. Equal inputs give equal bytes. Raises UsageError, BackendMissing, OutputExistsError or ExportError
-    (a model that does not draw in one step) before any work starts; ExportError naming the backend and
-    component when one cannot be lowered.
+    ``picture`` is the pipeline's output, float32 in [0, 1] or uint8. Every value of the exported graphs is
+    checked to be finite on the model's first ``num_prompts`` prompts (by default NUM_REFERENCES, 1 for a
+    large model); operations that would overflow float16 stay float32 in fp16 bundles, or with ``strict`` are
+    an error. ``isolate`` gives the reference and every graph a process of its own, by default where the model
+    is large (edgeflow.export_tasks). ``progress`` is told each step in words. Equal inputs give equal bytes,
+    isolated or not. Raises UsageError, BackendMissing, OutputExistsError or ExportError (a model that does
+    not draw in one step) before any work starts; ExportError naming the backend and component when one cannot
+    be lowered.
     """
     jobs = plan(backends, precisions, layouts, picture)
+    check_exportable(checkpoint)
+    _check_palettes(checkpoint, jobs)
+    isolate = tasks.is_large(checkpoint) if isolate is None else isolate
+    run = _isolated if isolate else _here
+    with _no_trace(out), ExitStack() as stack:
+        stages = [stack.enter_context(staged_folder(out / job.name, force=force)) for job in jobs]
+        progress("reference pictures")
+        source = tasks.Source(checkpoint, picture, keep=not isolate)
+        graphs = tuple(dict.fromkeys(name for job in jobs for name in LAYOUTS[job.layout]))
+        count = num_prompts or (1 if isolate else NUM_REFERENCES)
+        arrays, ranges = run("export: reference", tasks.reference, source, graphs, count)
+        if strict:
+            _check_strict(jobs, ranges)
+        for job, stage in zip(jobs, stages, strict=True):
+            specs = []
+            for name in LAYOUTS[job.layout]:
+                progress(f"{job.name}: {name}")
+                what = f"export: {job.exporter.backend}: {name}"
+                wide = overflow.wide_nodes(ranges[name]) if job.precision == "fp16" else Wide()
+                asked = (source, name, job.exporter.backend, stage, job.precision, job.layout, wide)
+                specs.append(run(what, tasks.lower, *asked))
+            _finish_bundle(job, stage, checkpoint, specs, ranges, arrays)
+        progress("done")
+    return [out / job.name for job in jobs]
+
+
+def check_exportable(checkpoint: Checkpoint) -> None:
+    """What edgeflow.components.check_exportable checks; a large model's parent process needs no torch."""
     from edgeflow import components as comp
 
     comp.check_exportable(checkpoint)
-    _check_palettes(checkpoint, jobs)
-    with _no_trace(out), ExitStack() as stack:
-        stages = [stack.enter_context(staged_folder(out / job.name, force=force)) for job in jobs]
-        progress("loading the checkpoint")
-        components = comp.load_components(checkpoint)
-        progress("reference pictures")
-        reference = _reference(checkpoint.generation, components)
-        components[PIPELINE] = comp.with_picture(components[PIPELINE], picture)
-        programs = _programs(components, jobs, progress)
-        for job, stage in zip(jobs, stages, strict=True):
-            _write_bundle(job, stage, checkpoint, programs, reference, progress)
-        progress("done")
-    return [out / job.name for job in jobs]
+
+
+def _here(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _isolated(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    return worker.call(what, f"{function.__module__}:{function.__name__}", *args)
+
+
+def _fp32_ops(job: _Job, ranges: Mapping[str, list[Range]]) -> dict[str, tuple[str, ...]]:
+    """Graph → what stays float32 in it; nothing for a bundle that is float32 throughout."""
+    if job.precision != "fp16":
+        return {}
+    squares = getattr(job.exporter, "squares_norms", False)
+    listed = {
+        name: overflow.described(ranges[name], overflow.wide_nodes(ranges[name]), squares)
+        for name in LAYOUTS[job.layout]
+    }
+    return {name: ops for name, ops in listed.items() if ops}
+
+
+def _check_strict(jobs: Sequence[_Job], ranges: Mapping[str, list[Range]]) -> None:
+    for job in jobs:
+        overflow.check_strict(_fp32_ops(job, ranges))
 
 
 def plan(
@@ -125,6 +172,19 @@ def plan(
     ]
 
 
+def plan_of(
+    checkpoint: Checkpoint, jobs: Sequence[_Job], out: Path, num_prompts: int | None, *, parity: bool
+) -> ExportPlan:
+    """What the export of these bundles will do and take. Raises ExportError as ``export_model`` does."""
+    from edgeflow.export_plan import plan_export
+
+    check_exportable(checkpoint)
+    _check_palettes(checkpoint, jobs)
+    count = num_prompts or (1 if tasks.is_large(checkpoint) else NUM_REFERENCES)
+    asked = [(job.exporter.backend, job.precision, LAYOUTS[job.layout]) for job in jobs]
+    return plan_export(checkpoint, asked, out, num_prompts=count, parity=parity)
+
+
 def _check_palettes(checkpoint: Checkpoint, jobs: Sequence[_Job]) -> None:
     """Raise UsageError for a backend that has no look-up tables, for a checkpoint of them. Reads headers."""
     backends = [job.exporter.backend for job in jobs if not getattr(job.exporter, "palettes", False)]
@@ -139,31 +199,15 @@ def _check_palettes(checkpoint: Checkpoint, jobs: Sequence[_Job]) -> None:
                 )
 
 
-def _programs(
-    components: Mapping[str, Component], jobs: Sequence[_Job], progress: Callable[[str], None]
-) -> dict[str, Program]:
-    """One program for each component that some bundle holds."""
-    from edgeflow.exporters.program import build_program
-
-    programs = {}
-    for name in dict.fromkeys(name for job in jobs for name in LAYOUTS[job.layout]):
-        progress(f"program of {name}")
-        programs[name] = build_program(components[name])
-    return programs
-
-
-def _write_bundle(
+def _finish_bundle(
     job: _Job,
     stage: Path,
     checkpoint: Checkpoint,
-    programs: Mapping[str, Program],
+    graphs: Sequence[GraphSpec],
+    ranges: Mapping[str, list[Range]],
     reference: dict[str, np.ndarray],
-    progress: Callable[[str], None],
 ) -> None:
-    graphs = []
-    for name in LAYOUTS[job.layout]:
-        progress(f"{job.name}: {name}")
-        graphs.append(job.exporter.lower(programs[name], stage, precision=job.precision, layout=job.layout))
+    """All that a bundle holds besides its graphs."""
     for file in checkpoint.files("tokenizer"):
         _copy(file, stage / TOKENIZER / file.name)
     if job.layout == "components":
@@ -180,6 +224,7 @@ def _write_bundle(
         graphs=tuple(graphs),
         files={},
         versions=_versions(getattr(job.exporter, "tools", ())),
+        fp32_ops=_fp32_ops(job, ranges),
     )
     write_bundle_files(stage, manifest)
 
@@ -201,35 +246,6 @@ def _copy_configs(checkpoint: Checkpoint, stage: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-
-
-def _reference(spec: GenerationSpec, components: Mapping[str, Component]) -> dict[str, NDArray[Any]]:
-    """Seeded inputs and the export-ready modules' fp32 outputs, by ``prompt{i}/{graph}/{tensor}``."""
-    import numpy as np
-
-    from edgeflow.noise import gaussian_noise
-    from edgeflow.tokenizer import ClipTokenizer
-
-    tokenizer = ClipTokenizer.from_folder(spec.tokenizer_dir)
-    arrays: dict[str, NDArray[Any]] = {}
-    for i, prompt in enumerate(spec.prompts[:NUM_REFERENCES]):
-        ids, noise = tokenizer.encode(prompt), gaussian_noise(i, (1, *spec.latent_shape))
-        text = components["text_encoder"].run({"input_ids": ids})["last_hidden_state"]
-        timestep = np.array([spec.timestep], np.float32)
-        unet = {"sample": noise, "timestep": timestep, "encoder_hidden_states": text}
-        velocity = components["unet"].run(unet)["velocity"]
-        latent = (noise + velocity) / np.float32(spec.latent_scale)
-        found = {
-            "input_ids": ids,
-            "noise": noise,
-            "text_encoder/last_hidden_state": text,
-            "unet/velocity": velocity,
-            "decoder/latent": latent,
-            "decoder/image": components["decoder"].run({"latent": latent})["image"],
-            "pipeline/image": components[PIPELINE].run({"input_ids": ids, "noise": noise})["image"],
-        }
-        arrays |= {f"prompt{i}/{key}": value for key, value in found.items()}
-    return arrays
 
 
 def _versions(tools: Sequence[str]) -> dict[str, str]:

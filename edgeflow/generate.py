@@ -65,12 +65,17 @@ def load_runtime(model: Bundle | Checkpoint, name: str | None = None) -> Runtime
     Raises UnknownNameError, UsageError for a built-in runtime that does not fit the model, BackendMissing, or
     RuntimeFailure. A runtime from outside decides by itself what it opens.
     """
+    expect_fitting(model, name)
+    return registry.runtime(name or default_runtime(model)).load(model)  # type: ignore[arg-type]
+
+
+def expect_fitting(model: Bundle | Checkpoint, name: str | None) -> None:
+    """Raise UsageError for a built-in runtime that does not open the model."""
     fitting = default_runtime(model)
     name = name or fitting
     if name in registry.RUNTIMES and name != fitting:
         what = f"bundle of the backend {fitting}" if isinstance(model, Bundle) else "checkpoint"
         raise UsageError(f"runtime {name!r} does not open {model.root}, a {what}; what fits: {fitting}")
-    return registry.runtime(name).load(model)  # type: ignore[arg-type]  # torch's takes a checkpoint
 
 
 def is_fused(model: Bundle | Checkpoint) -> bool:
@@ -146,14 +151,27 @@ class Generator:
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        low_memory: bool = False,
     ) -> Generator:
         """Open a model and a runtime by name. Raises what open_model, load_runtime and plan_sampling raise.
+
+        ``low_memory`` holds one component at a time (edgeflow.low_memory); UsageError where that cannot be.
 
         A many-step model is drawn in ``steps`` with ``guidance`` (by default the checkpoint's own), and
         refused before anything heavy is loaded where no steps are asked for.
         """
         model = source if isinstance(source, Bundle | Checkpoint) else open_model(source)
         sampling = plan_sampling(model, runtime, steps, guidance)
+        if low_memory:
+            if sampling is not None:
+                raise UsageError("--low-memory: expected a one-step model; many steps keep their UNet loaded")
+            from edgeflow.low_memory import one_at_a_time
+
+            expect_fitting(model, runtime)
+            frugal: Any = one_at_a_time(model, runtime or default_runtime(model))
+            generator = cls(model, frugal)
+            generator._fused = False
+            return generator
         if sampling is None:
             return cls(model, load_runtime(model, runtime))
         sampler: Any = registry.sampler()

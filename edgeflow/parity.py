@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeflow import __version__, metrics, registry
+from edgeflow import __version__, metrics, parity_isolated, registry, worker
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
@@ -53,9 +55,6 @@ from edgeflow.parity_report import (
 )
 from edgeflow.registry import Runtime
 from edgeflow.spec import COMPONENTS, PIPELINE, GenerationSpec
-
-if TYPE_CHECKING:
-    from edgeflow.components import Component
 
 _METRICS: dict[str, Callable[[Any, Any], float]] = {
     "sqnr_db": metrics.sqnr_db,
@@ -99,6 +98,7 @@ def measure(
     num_prompts: int | None = None,
     gates: Mapping[str, float] | None = None,
     unquantized: Checkpoint | str | None = None,
+    isolate: bool | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Measure every gap of every bundle; what fails is in the report, not raised.
@@ -106,7 +106,9 @@ def measure(
     ``against`` is the checkpoint; by default the one that the manifest names, if it is there and its hash is
     the manifest's. ``runtime`` is by default the bundle's own. ``gates`` replaces limits by name
     (parity_report.GATE_NAMES). ``unquantized`` is the float checkpoint of quantized bundles; by default the
-    one that their checkpoint names, if it is there. ``progress`` is told what is being measured.
+    one that their checkpoint names, if it is there. ``isolate`` gives the originals and each runtime a
+    process of its own (edgeflow.parity_isolated), by default where a bundle is large. ``progress`` is told
+    what is being measured.
 
     Raises BundleError, CheckpointError (also when ``against`` is not what a bundle was exported from),
     UsageError for more prompts than there are, UnknownNameError, and BackendMissing before anything is
@@ -121,6 +123,10 @@ def measure(
     given = Checkpoint.open(against) if isinstance(against, str) else against
     floats = Checkpoint.open(unquantized) if isinstance(unquantized, str) else unquantized
     sources = [find_checkpoint(bundle, given) for bundle in opened]
+    isolate = parity_isolated.is_large(opened) if isolate is None else isolate
+    quantized: Any = quantization_rows
+    if isolate:
+        quantized = partial(worker.call, "parity", "edgeflow.parity_quantization:quantization_rows")
     rows: list[Measurement] = []
     notes: list[str] = []
     references: dict[tuple[str, tuple[str, ...]], Reference] = {}
@@ -132,15 +138,19 @@ def measure(
             reference = reference_from_bundle(bundle, num_prompts, reason)
         elif reference is None:
             say(f"{spec.name}: references in PyTorch")
-            reference = reference_from_checkpoint(checkpoint, spec.prompts, num_prompts)
+            if isolate:
+                reference = parity_isolated.isolated_reference(checkpoint, bundle, num_prompts)
+            else:
+                reference = reference_from_checkpoint(checkpoint, spec.prompts, num_prompts)
         if model not in references:
             references[model] = reference
             say(f"{spec.name}: rewrite")
             rows += _rewrite(spec, reference, {**recipe_gates(bundle), **limits})
-            rows += quantization_rows(bundle, checkpoint, reference, floats)
+            rows += quantized(bundle, checkpoint, reference, floats)
             notes += _notes(spec, reference)
         say(f"{label}: {runtime or bundle.manifest.backend}")
-        rows += _bundle_rows(bundle, label, runtime, reference, {**recipe_gates(bundle), **limits})
+        gates_of = {**recipe_gates(bundle), **limits}
+        rows += _bundle_rows(bundle, label, runtime, reference, gates_of, isolate)
     return ParityReport(tuple(rows), _versions(rows), tuple(notes))
 
 
@@ -161,12 +171,11 @@ def labels(bundles: Iterable[Bundle]) -> list[str]:
 def _rewrite(spec: GenerationSpec, reference: Reference, gates: Mapping[str, float]) -> list[Measurement]:
     """Original ↔ export-ready, per component; a row that says so where the originals are not there."""
     blank = model_row(REWRITE, spec, reference.prompts, reference.reason)
-    if reference.components is None:
+    if reference.against != CHECKPOINT:
         return [blank]
     rows = []
     for graph in (*COMPONENTS, PIPELINE):
-        component = reference.components[graph]
-        original = [_original(component, graph, sample, spec) for sample in reference.samples]
+        original = [_original(reference, graph, sample, spec) for sample in reference.samples]
         for metric in ("sqnr_db", "max_abs"):
             pairs = zip(original, reference.samples, strict=True)
             values = tuple(_METRICS[metric](array, sample.output(graph)) for array, sample in pairs)
@@ -176,15 +185,23 @@ def _rewrite(spec: GenerationSpec, reference: Reference, gates: Mapping[str, flo
     return rows
 
 
-def _original(component: Component, graph: str, sample: Sample, spec: GenerationSpec) -> NDArray[Any]:
+def _original(reference: Reference, graph: str, sample: Sample, spec: GenerationSpec) -> NDArray[Any]:
     """The untouched modules' output; the pipeline's is at hand, being what end to end compares with."""
     if graph == PIPELINE:
         return sample.picture
-    return component.run_original(sample.inputs(graph, spec.timestep))[OUTPUTS[graph]]
+    if graph in sample.originals:
+        return sample.originals[graph]
+    assert reference.components is not None
+    return reference.components[graph].run_original(sample.inputs(graph, spec.timestep))[OUTPUTS[graph]]
 
 
 def _bundle_rows(
-    bundle: Bundle, label: str, runtime: str | None, reference: Reference, gates: Mapping[str, float]
+    bundle: Bundle,
+    label: str,
+    runtime: str | None,
+    reference: Reference,
+    gates: Mapping[str, float],
+    isolate: bool,
 ) -> list[Measurement]:
     """Lowering for each graph, then end to end. A runtime that fails is a failed row; the rest goes on."""
     spec, precision = bundle.generation, bundle.manifest.precision
@@ -208,12 +225,19 @@ def _bundle_rows(
 
     rows = [blank(LOWERING, graph, "sqnr_db") for graph in graphs_of(bundle)]
     picture = blank(END_TO_END, PIPELINE, "psnr_db")
-    try:
-        drawn = _Drawn(load_runtime(bundle, runtime), bundle)
-    except RuntimeFailure as error:
-        unmeasured = replace(picture, status=UNMEASURED, reason="the runtime did not load")
-        return [replace(rows[0], component="all", reason=str(error)), unmeasured]
-    return [drawn.judge(row, reference.samples) for row in (*rows, picture)]
+    with ExitStack() as stack:
+        try:
+            if isolate:
+                child = stack.enter_context(worker.worker(f"runtime {rows[0].runtime}"))
+                child.call("edgeflow.generate:load_runtime", bundle, runtime, hold=True)
+                held: Any = worker.Held(child)
+                drawn = _Drawn(held, bundle)
+            else:
+                drawn = _Drawn(load_runtime(bundle, runtime), bundle)
+        except RuntimeFailure as error:
+            unmeasured = replace(picture, status=UNMEASURED, reason="the runtime did not load")
+            return [replace(rows[0], component="all", reason=str(error)), unmeasured]
+        return [drawn.judge(row, reference.samples) for row in (*rows, picture)]
 
 
 class _Drawn:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class Sample:
     prompt: str
     arrays: Mapping[str, NDArray[Any]]
     picture: NDArray[np.float32]
+    originals: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # graph → untouched, if at hand
 
     def inputs(self, graph: str, timestep: float) -> dict[str, NDArray[Any]]:
         """What a graph is fed: the reference's own inputs, so that no error comes from another graph."""
@@ -70,7 +71,7 @@ class Reference:
 
     against: str  # CHECKPOINT or reference.npz
     samples: tuple[Sample, ...]
-    components: Mapping[str, Component] | None  # None where there is no checkpoint
+    components: Mapping[str, Component] | None  # None without a checkpoint, or where originals are at hand
     reason: str | None  # why there is no checkpoint
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,14 +11,19 @@ from torch.export import ExportedProgram
 
 from edgeflow.components import Component, ComponentSpec
 from edgeflow.errors import ExportError
+from edgeflow.overflow import Wide
 
 
 @dataclass(frozen=True)
 class Program:
-    """A component's spec and its graph. Exporters must leave both as they are: all of them share it."""
+    """A component's spec and its graph. Exporters must leave both as they are: all of them share it.
+
+    ``wide`` is what must stay float32 where the graph is lowered to float16.
+    """
 
     spec: ComponentSpec
     exported: ExportedProgram
+    wide: Wide = field(default_factory=Wide)
 
 
 def dequantize_op() -> Any:

@@ -8,8 +8,9 @@ import json
 import logging
 import uuid
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from edgeflow.errors import ExportError  # noqa: E402
 from edgeflow.exporters import coreml_dequantize  # noqa: E402
 from edgeflow.exporters.layouts import APPLE, graph_spec  # noqa: E402
 from edgeflow.exporters.program import Program  # noqa: E402
+from edgeflow.exporters.regions import Op, wide_ops  # noqa: E402
+from edgeflow.overflow import Wide  # noqa: E402
 from edgeflow.spec import GraphSpec  # noqa: E402
 
 #: iOS 18 and macOS 15: fused attention, and the blockwise integers that quantized bundles need.
@@ -42,6 +45,7 @@ class CoreMLExporter:
     backend: ClassVar[str] = "coreml"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
     palettes: ClassVar[bool] = True  # look-up tables, of schemes w6 and w4
+    squares_norms: ClassVar[bool] = True  # group norms are taken apart, and their squares rounded
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
@@ -66,7 +70,7 @@ def _convert(program: Program, spec: GraphSpec, precision: str) -> ct.models.MLM
                 program.exported.run_decompositions({}),
                 outputs=[ct.TensorType(name=t.key, dtype=np.float32) for t in spec.outputs],
                 convert_to="mlprogram",
-                compute_precision=_PRECISION[precision],
+                compute_precision=_compute_precision(precision, program.wide),
                 minimum_deployment_target=TARGET,
                 skip_model_load=True,
             )
@@ -74,6 +78,40 @@ def _convert(program: Program, spec: GraphSpec, precision: str) -> ct.models.MLM
             reason = str(error).strip().splitlines()[0]
             raise ExportError(f"export: coreml: {spec.name}: {reason}") from error
     return model
+
+
+def _compute_precision(precision: str, wide: Wide) -> Any:
+    """coremltools' name for it; where some operations stay float32, its rule for each operation."""
+    if precision != "fp16" or not wide:
+        return _PRECISION[precision]
+    single: dict[int, set[str]] = {}
+
+    def is_half(op: Any) -> bool:
+        block = op.enclosing_block
+        if id(block) not in single:  # before the pass has changed anything in it
+            single[id(block)] = _single_ops(block, wide)
+        return op.name not in single[id(block)]
+
+    return ct.transform.FP16ComputePrecision(op_selector=is_half)
+
+
+def _single_ops(block: Any, wide: Wide) -> set[str]:
+    """Names of the operations that stay float32; group norms are taken apart here, squares and all."""
+
+    def names(values: Iterable[Any]) -> tuple[str, ...]:
+        return tuple(v.name for v in values)
+
+    def inputs(op: Any) -> Iterator[Any]:
+        for value in op.inputs.values():
+            yield from value if isinstance(value, (list, tuple)) else (value,)
+
+    constants = {v.name for op in block.operations if op.op_type.startswith("const") for v in op.outputs}
+    ops = [
+        Op(op.name, names(v for v in inputs(op) if v is not None), names(op.outputs))
+        for op in block.operations
+        if not op.op_type.startswith("const")
+    ]
+    return wide_ops(ops, wide, constants, squares=True)
 
 
 def _settle_spec(path: Path, spec: GraphSpec) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,12 +22,15 @@ from edgeflow.errors import ExportError
 from edgeflow.exporters import onnx_dequantize
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
 from edgeflow.exporters.program import Program
+from edgeflow.exporters.regions import Op, wide_ops
+from edgeflow.overflow import Wide
 from edgeflow.spec import GraphSpec
 
 #: 21 has GroupNormalization and LayerNormalization that sum in float32, and blocked DequantizeLinear.
 OPSET = 21
 #: A protobuf file ends at 2 GiB; beyond this many bytes of weights they go to one file beside the graph.
 INLINE_BYTES = 1 << 30
+_NOTHING = Wide()
 #: Inputs that the standard keeps float32 whatever the data's type: Resize's roi and scales.
 _FLOAT32_INPUTS = {"Resize": (1, 2)}
 
@@ -45,7 +49,7 @@ class OnnxExporter:
         onnx_dequantize.settle(model, program)
         _strip(model)
         if precision == "fp16":
-            to_half(model)
+            to_half(model, program.wide)
         path = folder / spec.file
         path.parent.mkdir(parents=True)
         weights = [value.const_value for value in model.graph.initializers.values()]
@@ -93,26 +97,74 @@ def _strip(model: ir.Model) -> None:
             value.metadata_props.clear()
 
 
-def to_half(model: ir.Model) -> None:
-    """Turn every float32 weight and activation of the graph into float16, its inputs and outputs apart."""
+def to_half(model: ir.Model, wide: Wide = _NOTHING) -> None:
+    """Turn the graph's float32 weights and activations into float16, its inputs and outputs apart.
+
+    What ``wide`` names stays float32, with Casts around it.
+    """
     graph = model.graph
+    single = _single_nodes(graph, wide)
     kept = {
         node.inputs[i]
         for node in graph
         for i in _FLOAT32_INPUTS.get(node.op_type, ())
         if i < len(node.inputs) and node.inputs[i] is not None
     }
+    floats = _float_values(graph) if single else set()
+    kept |= {value for node in single for value in node.outputs}
     for value in graph.initializers.values():
+        if single and any(use.node in single for use in value.uses()):
+            kept.add(value)
         if value.dtype == ir.DataType.FLOAT and value not in kept:
             _halve_initializer(value)
     for node in graph:
         for value in node.outputs:
             if value.dtype == ir.DataType.FLOAT and value not in kept:
                 value.dtype = ir.DataType.FLOAT16
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
+        to_float = node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT
+        if to_float and node not in single:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16)
     _cast_inputs(graph)
+    _cast_between(graph, single, floats)
     _cast_outputs(graph)
+
+
+def _float_values(graph: ir.Graph) -> set[ir.Value]:
+    made = {value for node in graph for value in node.outputs}
+    return {v for v in (made | set(graph.initializers.values())) if v.dtype == ir.DataType.FLOAT}
+
+
+def _single_nodes(graph: ir.Graph, wide: Wide) -> set[ir.Node]:
+    """The nodes that stay float32. A graph's output, which got another name, is the value before it."""
+    if not wide:
+        return set()
+    nodes = {f"{i}": node for i, node in enumerate(graph)}
+
+    def names(values: Iterable[ir.Value | None]) -> tuple[str, ...]:
+        return tuple(str(v.name) for v in values if v is not None and v.dtype == ir.DataType.FLOAT)
+
+    ops = [Op(key, names(node.inputs), names(node.outputs)) for key, node in nodes.items()]
+    found = wide_ops(ops, wide, graph.initializers, squares=False)
+    return {nodes[key] for key in found}
+
+
+def _cast_between(graph: ir.Graph, single: set[ir.Node], floats: set[ir.Value]) -> None:
+    """Casts where a value changes its width; the weights of both widths are cast for the float16 side."""
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for node in list(graph) if single else ():
+        for i, value in enumerate(node.inputs):
+            if value is None or i in _FLOAT32_INPUTS.get(node.op_type, ()):
+                continue
+            if value not in floats and not str(value.name).endswith("_float16"):
+                continue
+            wanted = ir.DataType.FLOAT if node in single else ir.DataType.FLOAT16
+            if value.dtype == wanted or node.op_type == "Cast":
+                continue
+            if (value, wanted) not in casts:
+                made = _cast(value, wanted, f"{value.name}_{wanted.name.lower()}")
+                graph.insert_before(node, made)
+                casts[value, wanted] = made.outputs[0]
+            node.replace_input_with(i, casts[value, wanted])
 
 
 def _halve_initializer(value: ir.Value) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +30,7 @@ class OpenVinoExporter:
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
         spec = graph_spec(program.spec, layout, DIFFUSERS, "/openvino_model.xml")
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_telemetry():
             warnings.simplefilter("ignore")
             try:
                 if has_quantized_weights(program):
@@ -45,6 +47,20 @@ class OpenVinoExporter:
         openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
         _unindent(path)
         return spec
+
+
+@contextlib.contextmanager
+def _no_telemetry() -> Iterator[None]:
+    """OpenVINO's converter reports each use over the network, from forks of this process, unless it is CI."""
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = before
 
 
 def _unindent(path: Path) -> None:

@@ -54,6 +54,16 @@ class OnnxRuntime:
         runtime._expect_providers(wanted, explicit=bool(providers))
         return runtime
 
+    @classmethod
+    def load_one(cls, bundle: Bundle, graph: str) -> OnnxRuntime:
+        """Open one graph, on the CPU, for the least memory; raises what ``load`` raises.
+
+        Weights in a file beside the graph stay mapped from it, and none is laid out anew or cast beforehand.
+        """
+        checks.expect_bundle(cls.name, bundle)
+        spec = bundle.graph(graph)
+        return cls({graph: spec}, {graph: _session(bundle, spec, [CPU], frugal=True)})
+
     def _expect_providers(self, wanted: Sequence[str], explicit: bool) -> None:
         """ONNX Runtime goes on without a provider that fails to start; here that is said, or refused."""
         for name, used in self.providers.items():
@@ -90,7 +100,9 @@ def _default_providers() -> list[str]:
     return [p for p in (CUDA, CPU) if p in available]
 
 
-def _session(bundle: Bundle, graph: GraphSpec, providers: Sequence[str]) -> ort.InferenceSession:
+def _session(
+    bundle: Bundle, graph: GraphSpec, providers: Sequence[str], *, frugal: bool = False
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = checks.num_threads()
@@ -101,10 +113,18 @@ def _session(bundle: Bundle, graph: GraphSpec, providers: Sequence[str]) -> ort.
     if rounds_activations(bundle.manifest.recipe):
         # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    disabled = []
+    if frugal:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+        disabled = ["ConstantFolding"]  # it would turn every float16 or integer weight into float32 at once
     path = inside(bundle.root, graph.file)
     try:
         session = ort.InferenceSession(
-            str(path), options, providers=[(p, _OPTIONS.get(p, {})) for p in providers]
+            str(path),
+            options,
+            providers=[(p, _OPTIONS.get(p, {})) for p in providers],
+            disabled_optimizers=disabled,
         )
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         raise RuntimeFailure(

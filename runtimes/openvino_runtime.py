@@ -39,6 +39,13 @@ class OpenVinoRuntime:
         graphs = {graph.name: graph for graph in bundle.manifest.graphs}
         return cls(graphs, {name: _compile(core, bundle, graph) for name, graph in graphs.items()})
 
+    @classmethod
+    def load_one(cls, bundle: Bundle, graph: str) -> OpenVinoRuntime:
+        """Compile one graph, its weights mapped from the file; raises what ``load`` raises."""
+        checks.expect_bundle(cls.name, bundle)
+        spec = bundle.graph(graph)
+        return cls({graph: spec}, {graph: _compile(ov.Core(), bundle, spec)})
+
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Named arrays to named arrays; see ``edgeflow.spec.GraphSpec`` for the names and shapes."""
         spec = checks.pick_graph(self._graphs, graph)

@@ -36,20 +36,30 @@ class TorchReference:
         Raises RuntimeFailure for a bundle or for a model that needs many steps, ExportError for a part of a
         class edgeflow does not know, CheckpointError for weights that cannot be loaded.
         """
-        if not isinstance(source, Checkpoint):
-            raise RuntimeFailure(
-                f"runtime torch: expected a checkpoint, got a {type(source).__name__.lower()}; "
-                "the torch runtime draws from the checkpoint that the bundle was exported from"
-            )
-        if source.kind != "one-step":
-            raise RuntimeFailure(
-                f"runtime torch: {source.name}: expected a one-step model, got kind {source.kind!r}, "
-                "which cannot be drawn in one step"
-            )
+        _expect_one_step(source)
         return cls(load_components(source))
+
+    @classmethod
+    def load_one(cls, source: Any, graph: str) -> TorchReference:
+        """Load the weights of one graph alone; otherwise as ``load``."""
+        _expect_one_step(source)
+        return cls(load_components(source, names=(graph,)))
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Named arrays to named arrays; see ``edgeflow.spec.GraphSpec`` for the names and shapes."""
         spec = checks.pick_graph(self._graphs, graph)
         arrays = checks.feed(spec, inputs)  # a component's keys are its names
         return checks.collect(self.name, spec, self._components[graph].run_original(arrays))
+
+
+def _expect_one_step(source: Any) -> None:
+    if not isinstance(source, Checkpoint):
+        raise RuntimeFailure(
+            f"runtime torch: expected a checkpoint, got a {type(source).__name__.lower()}; "
+            "the torch runtime draws from the checkpoint that the bundle was exported from"
+        )
+    if source.kind != "one-step":
+        raise RuntimeFailure(
+            f"runtime torch: {source.name}: expected a one-step model, got kind {source.kind!r}, "
+            "which cannot be drawn in one step"
+        )

@@ -12,6 +12,7 @@ from edgeflow.cli import options
 from edgeflow.cli.changes import change_options, opened
 
 if TYPE_CHECKING:
+    from edgeflow.export_plan import ExportPlan
     from edgeflow.parity_report import ParityReport
 
 
@@ -54,6 +55,20 @@ if TYPE_CHECKING:
     metavar="DTYPE",
     help="What the pipeline graph draws: float32 in [0, 1] or uint8.",
 )
+@click.option(
+    "--strict-precision",
+    "strict",
+    is_flag=True,
+    help="An operation that would overflow float16 is an error; else it stays float32 in fp16 bundles.",
+)
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many of the model's prompts the bundle's reference holds; on them every value is checked to "
+    "be finite.  [default: 4, or 1 for a model of a GiB or more]",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan, with what it will take, and write nothing.")
 @click.option("--parity/--no-parity", default=True, help="Measure the bundles against PyTorch afterwards.")
 @change_options
 @options.out_option("Folder for the bundles, each at <backend>-<graph>-<precision>.")
@@ -66,6 +81,9 @@ def command(
     precisions: tuple[str, ...],
     layouts: tuple[str, ...],
     picture: str,
+    strict: bool,
+    num_prompts: int | None,
+    dry_run: bool,
     parity: bool,
     changes: dict[str, Any],
     out: Path,
@@ -78,14 +96,22 @@ def command(
     one step. All bundles
     appear at the end, or none does. Equal inputs give equal bytes.
 
+    A model of a GiB or more in fp32 is exported and measured in processes of its own, one graph at a time.
+    A plan that the disk, or for such a model the memory, cannot hold is refused before work starts (exit
+    code 1), with --dry-run too.
+
     Exit codes: 0 done, 1 failed, 2 usage, 3 a parity gate failed (the bundles are written all the same),
     4 a backend is not installed.
     """
-    from edgeflow.export import export_model, plan
+    from edgeflow.export import export_model, plan, plan_of
 
-    plan(backends, precisions, layouts, picture)
+    jobs = plan(backends, precisions, layouts, picture)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(opened(model, changes))
+        planned = plan_of(checkpoint, jobs, out, num_prompts, parity=parity)
+        if dry_run:
+            return _print_plan(planned, as_json)
+        planned.check()
         say = options.spinner(stack)
         paths = export_model(
             checkpoint,
@@ -95,6 +121,8 @@ def command(
             picture=picture,
             out=out,
             force=force,
+            strict=strict,
+            num_prompts=num_prompts,
             progress=say,
         )
         report = None
@@ -105,6 +133,14 @@ def command(
     _print(paths, report, as_json)
     if report is not None:
         report.check()
+
+
+def _print_plan(planned: ExportPlan, as_json: bool) -> None:
+    if as_json:
+        options.print_json(planned.as_dict())
+    else:
+        click.echo(planned.render())
+    planned.check()
 
 
 def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> None:
@@ -121,18 +157,27 @@ def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> Non
         table.add_column(column, no_wrap=True)
     table.add_column("graphs MiB", justify="right")
     table.add_column("in all MiB", justify="right")
+    table.add_column("ops kept fp32", justify="right")
     for facts in bundles:
         texts = [str(facts[key]) for key in ("path", "backend", "graph", "precision")]
-        table.add_row(*texts, f"{facts['graphs_mib']:.2f}", f"{facts['size_mib']:.2f}")
+        texts += [f"{facts['graphs_mib']:.2f}", f"{facts['size_mib']:.2f}"]
+        table.add_row(*texts, str(sum(map(len, facts["fp32_ops"].values()))) if _is_half(facts) else "")
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 240  # a pipe's reader gets whole paths
     console.print(table)
+    for facts in bundles:
+        for graph, ops in facts["fp32_ops"].items():
+            console.print(f"{facts['path']}: {graph}: float32, as float16 would overflow: {', '.join(ops)}")
     if report is not None:
         from edgeflow.parity_report import print_report
 
         console.print()
         print_report(report)
+
+
+def _is_half(facts: dict[str, Any]) -> bool:
+    return facts["precision"] == "fp16"
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -147,4 +192,5 @@ def _facts(path: Path) -> dict[str, Any]:
         "precision": bundle.manifest.precision,
         "graphs_mib": bundle.graph_bytes() / 2**20,
         "size_mib": size / 2**20,
+        "fp32_ops": {graph: list(ops) for graph, ops in bundle.manifest.fp32_ops.items()},
     }

@@ -66,6 +66,11 @@ Job = tuple[str, int]  # prompt, seed
     metavar="W",
     help="Guidance with --steps; default: the checkpoint's own. 1 or less is none.",
 )
+@click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Load, run and free one component at a time (onnx, openvino, torch): less memory, more seconds.",
+)
 @change_options
 @options.force_option
 @options.json_option
@@ -81,6 +86,7 @@ def command(
     runtime: str | None,
     steps: int | None,
     guidance: float | None,
+    low_memory: bool,
     changes: dict[str, Any],
     force: bool,
     as_json: bool,
@@ -103,7 +109,7 @@ def command(
 
     with ExitStack() as stack:
         source: Any = stack.enter_context(opened(model, changes)) if any_given(changes) else model
-        generator = Generator.open(source, runtime, steps=steps, guidance=guidance)
+        generator = Generator.open(source, runtime, steps=steps, guidance=guidance, low_memory=low_memory)
         write = _write_single if single else _write_folder
         paths, pictures = write(generator, jobs, out, force, count)
     if as_json:

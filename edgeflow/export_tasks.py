@@ -1,0 +1,130 @@
+"""The two halves of an export that hold weights: reference outputs, and one graph lowered.
+
+``Source`` keeps what it made where the model is small. Where it is large, each half is called in a process of
+its own (edgeflow.worker) that reads no more than one component's weights and ends with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeflow import overflow, registry
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.overflow import Range, Wide
+from edgeflow.spec import COMPONENTS, PIPELINE, GraphSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeflow.components import Component
+    from edgeflow.exporters.program import Program
+
+#: Bytes of fp32 weights from which on each step of an export has a process of its own.
+LARGE = 1 << 30
+
+
+def is_large(checkpoint: Checkpoint) -> bool:
+    """Whether the weights, in fp32, are so many that each step deserves a process of its own."""
+    return sum(fp32_bytes(checkpoint).values()) >= LARGE
+
+
+def fp32_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Part → bytes of its weights in fp32, from the headers."""
+    return {p: 4 * checkpoint.num_parameters(p) for p in checkpoint.parts if p != "tokenizer"}
+
+
+@dataclass
+class Source:
+    """Components and programs of a checkpoint, each made once where ``keep``, else anew at every call."""
+
+    checkpoint: Checkpoint
+    picture: str
+    keep: bool
+    _components: dict[str, Component] = field(default_factory=dict)
+    _programs: dict[str, Program] = field(default_factory=dict)
+
+    def component(self, name: str) -> Component:
+        """The component, its picture in float32."""
+        from edgeflow.components import load_components
+
+        if not self.keep:
+            return load_components(self.checkpoint, names=(name,))[name]
+        if not self._components:
+            self._components = load_components(self.checkpoint)
+        return self._components[name]
+
+    def program(self, name: str, component: Component | None = None) -> Program:
+        """The component's program, its picture as asked for."""
+        from edgeflow.components import with_picture
+        from edgeflow.exporters.program import build_program
+
+        if name in self._programs:
+            return self._programs[name]
+        component = component or self.component(name)
+        program = build_program(with_picture(component, self.picture) if name == PIPELINE else component)
+        if self.keep:
+            self._programs[name] = program
+        return program
+
+
+def reference(
+    source: Source, graphs: Sequence[str], num_prompts: int
+) -> tuple[dict[str, NDArray[Any]], dict[str, list[Range]]]:
+    """Seeded inputs and the export-ready modules' fp32 outputs, by ``prompt{i}/{graph}/{tensor}``.
+
+    And the ranges of ``graphs``, over these prompts. Components are run one after the other, all prompts
+    through each. Raises ExportError naming the first value that is not finite.
+    """
+    import numpy as np
+
+    from edgeflow.noise import gaussian_noise
+    from edgeflow.parity_reference import OUTPUTS, Sample
+    from edgeflow.tokenizer import ClipTokenizer
+
+    spec = source.checkpoint.generation
+    tokenizer = ClipTokenizer.from_folder(spec.tokenizer_dir)
+    samples = []
+    for i, prompt in enumerate(spec.prompts[:num_prompts]):
+        noise = gaussian_noise(i, (1, *spec.latent_shape))
+        samples.append(Sample(prompt, {"input_ids": tokenizer.encode(prompt), "noise": noise}, noise))
+    ranges: dict[str, list[Range]] = {}
+    for graph in (*COMPONENTS, PIPELINE):
+        component = source.component(graph)
+        program = source.program(graph, component) if graph in graphs else None
+        runs = []
+        for sample in samples:
+            outputs, found = _outputs(component, program, sample.inputs(graph, spec.timestep))
+            runs.append(found)
+            made: dict[str, Any] = sample.arrays  # type: ignore[assignment]  # filled in as it goes
+            made[f"{graph}/{OUTPUTS[graph]}"] = outputs[OUTPUTS[graph]]
+            if graph == "unet":
+                latent = (sample.arrays["noise"] + made["unet/velocity"]) / np.float32(spec.latent_scale)
+                made["decoder/latent"] = latent
+        ranges[graph] = overflow.merged(runs)
+        del component, program
+    return {f"prompt{i}/{k}": v for i, s in enumerate(samples) for k, v in s.arrays.items()}, ranges
+
+
+def _outputs(component: Component, program: Program | None, inputs: Any) -> tuple[dict[str, np.ndarray], Any]:
+    from edgeflow.exporters.ranges import run_recorded
+
+    if program is None:
+        return component.run(inputs), []
+    outputs, found = run_recorded(program, inputs)
+    if program.spec != component.spec:  # it rounds its picture to bytes
+        outputs = component.run(inputs)
+    return outputs, found
+
+
+def lower(
+    source: Source, graph: str, backend: str, folder: Path, precision: str, layout: str, wide: Wide
+) -> GraphSpec:
+    """One graph through one backend, into ``folder``; see edgeflow.registry.Exporter."""
+    from dataclasses import replace
+
+    program = replace(source.program(graph), wide=wide)
+    return registry.exporter(backend).lower(program, folder, precision=precision, layout=layout)

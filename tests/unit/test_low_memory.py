@@ -1,0 +1,77 @@
+"""One component at a time: loads are counted, pictures are the same, and peak memory keeps its bound."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from edgeflow.checkpoint import Checkpoint
+from edgeflow.cli import main
+from edgeflow.errors import UsageError
+from edgeflow.generate import Generator
+from edgeflow.low_memory import OneAtATime
+from edgeflow.spec import COMPONENTS
+
+
+class Counting:
+    """A runtime of one graph that knows how many of its kind are alive."""
+
+    alive: ClassVar[weakref.WeakSet[Counting]] = weakref.WeakSet()
+
+    def __init__(self, graph: str):
+        self.graph = graph
+        self.alive.add(self)
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        assert graph == self.graph and len(self.alive) == 1
+        return {"graph": graph}
+
+
+def test_no_two_graphs_are_loaded_at_once() -> None:
+    loaded: list[str] = []
+
+    def load(graph: str) -> Any:
+        assert not Counting.alive
+        loaded.append(graph)
+        return Counting(graph)
+
+    runtime = OneAtATime("counting", load)
+    for graph in (*COMPONENTS, *COMPONENTS):
+        assert runtime.run(graph, {}) == {"graph": graph}
+    assert loaded == [*COMPONENTS, *COMPONENTS] and not Counting.alive
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnx")
+    from edgeflow.export import export_model
+
+    out = tmp_path_factory.mktemp("low") / "bundles"
+    asked = {"layouts": ["components"], "precisions": ["fp16"], "num_prompts": 1}
+    export_model(Checkpoint.open(tiny_checkpoint), backends=["onnx", "openvino"], out=out, **asked)
+    return out
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx", "openvino"])
+def test_the_picture_is_the_same(runtime: str, exported: Path, tiny_checkpoint: Path) -> None:
+    source = tiny_checkpoint if runtime == "torch" else exported / f"{runtime}-components-fp16"
+    whole = Generator.open(source).draw("red apple, noto style", 3)
+    frugal = Generator.open(source, low_memory=True).draw("red apple, noto style", 3)
+    assert whole.facts == frugal.facts
+    difference = np.abs(whole.pixels.astype(int) - frugal.pixels.astype(int))
+    assert difference.max() <= 1  # other kernels where weights are not laid out anew
+
+
+def test_a_fused_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    from edgeflow.export import export_model
+
+    (path,) = export_model(Checkpoint.open(tiny_checkpoint), backends=["onnx"], out=tmp_path, num_prompts=1)
+    with pytest.raises(UsageError, match="--graph components"):
+        Generator.open(path, low_memory=True)
+    assert main(["generate", str(path), "x", "--low-memory", "-o", str(tmp_path / "a.png")]) == 2
