@@ -295,7 +295,7 @@ class _NoTime(nn.Module):
         return None
 
 
-def _sharing_copy(module: nn.Module) -> Any:
+def sharing_copy(module: nn.Module) -> Any:
     """A copy of the module's structure that shares its tensors."""
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
@@ -304,14 +304,14 @@ def _anchored(unet: Any) -> Any:
     if type(unet.time_proj).__name__ != "Timesteps":
         kind = unet.config.time_embedding_type
         raise ExportError(f"export: unet: expected a positional time embedding, got {kind!r}")
-    twin = _sharing_copy(unet)
+    twin = sharing_copy(unet)
     twin.time_proj = AnchoredTimesteps(unet.time_proj)
     return twin
 
 
 def _folded(unet: Any, timestep: float) -> Any:
     """A UNet without time: what each block adds for ``timestep`` is in its first convolution's bias."""
-    twin = _sharing_copy(unet)
+    twin = sharing_copy(unet)
     with torch.no_grad():
         embedding = unet.time_embedding(unet.time_proj(torch.tensor([timestep])))
         for block in twin.modules():
@@ -321,7 +321,7 @@ def _folded(unet: Any, timestep: float) -> Any:
                 kind = block.time_embedding_norm
                 raise ExportError(f"export: unet: expected blocks that add the time embedding, got {kind!r}")
             added = block.time_emb_proj(block.nonlinearity(embedding))[0]
-            conv = _sharing_copy(block.conv1)
+            conv = sharing_copy(block.conv1)
             conv.bias = nn.Parameter(added if conv.bias is None else conv.bias + added, requires_grad=False)
             block.conv1, block.time_emb_proj = conv, None
     twin.time_proj, twin.time_embedding = None, _NoTime()

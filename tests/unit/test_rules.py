@@ -34,6 +34,8 @@ HEAVY = {
 #: Parts of edgeflow whose import brings a backend, so the spine may not import them at import time.
 BACKEND_SIDE = (
     "edgeflow.components",
+    "edgeflow.gpu_precision",
+    "edgeflow.gpu_rewrites",
     "edgeflow.quantization.apply",
     "edgeflow.quantization.layers",
     "edgeflow.training",
@@ -41,7 +43,13 @@ BACKEND_SIDE = (
     "edgeflow.runtimes",
 )
 #: The spine's files that are torch's side themselves.
-TORCH_SIDE = ("edgeflow/components.py", "edgeflow/quantization/apply.py", "edgeflow/quantization/layers.py")
+TORCH_SIDE = (
+    "edgeflow/components.py",
+    "edgeflow/gpu_precision.py",
+    "edgeflow/gpu_rewrites.py",
+    "edgeflow/quantization/apply.py",
+    "edgeflow/quantization/layers.py",
+)
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
 OWN_BACKEND = {
     "onnx_": {"onnxruntime"},
@@ -49,7 +57,7 @@ OWN_BACKEND = {
     "coreml_": {"coremltools", "torch"},
     "mil_": {"coremltools", "torch"},
     "torch_": {"torch"},
-    "cuda_": {"torch"},
+    "cuda_": {"torch", "torchao", "safetensors"},
 }
 
 
