@@ -99,7 +99,7 @@ def load_components(checkpoint: Checkpoint, picture: str = "float32") -> dict[st
     }
     originals = _originals(text, unet, vae, spec)
     components = {
-        s.name: Component(s, modules[s.name].eval(), originals[s.name], _example(s))
+        s.name: Component(s, modules[s.name].eval(), originals[s.name], _example(s, spec.latent_scale))
         for s in _component_specs(spec, int(text.config.hidden_size))
     }
     return {**components, PIPELINE: with_picture(components[PIPELINE], picture)}
@@ -352,8 +352,8 @@ def _originals(text: Any, unet: Any, vae: Any, spec: GenerationSpec) -> dict[str
     return {"text_encoder": text_encoder, "unet": velocity, "decoder": decoder, PIPELINE: pipeline}
 
 
-def _example(spec: ComponentSpec) -> dict[str, Tensor]:
-    """Seeded inputs: small token ids, Gaussian noise, the first timestep."""
+def _example(spec: ComponentSpec, latent_scale: float) -> dict[str, Tensor]:
+    """Seeded inputs: small token ids, Gaussian noise, latents of a real one's size, the first timestep."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def tensor(t: TensorSpec) -> Tensor:
@@ -361,6 +361,7 @@ def _example(spec: ComponentSpec) -> dict[str, Tensor]:
             return torch.arange(t.shape[-1], dtype=_DTYPES[t.dtype])[None]
         if t.name == "timestep":
             return torch.full(t.shape, FIRST_TIMESTEP)
-        return torch.randn(t.shape, generator=generator)
+        noise = torch.randn(t.shape, generator=generator)
+        return noise / latent_scale if t.name == "latent" else noise
 
     return {t.name: tensor(t) for t in spec.inputs}

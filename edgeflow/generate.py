@@ -22,6 +22,8 @@ from edgeflow.tokenizer import ClipTokenizer
 
 #: The runtime that draws from a checkpoint, which no backend has lowered.
 REFERENCE_RUNTIME = "torch"
+#: Runtimes that open a checkpoint besides: they compile it themselves.
+COMPILING_RUNTIMES = ("cuda", "cuda-bf16")
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ def load_runtime(model: Bundle | Checkpoint, name: str | None = None) -> Runtime
     """
     fitting = default_runtime(model)
     name = name or fitting
-    if name in registry.RUNTIMES and name != fitting:
+    fit = (fitting,) if isinstance(model, Bundle) else (fitting, *COMPILING_RUNTIMES)
+    if name in registry.RUNTIMES and name not in fit:
         what = f"bundle of the backend {fitting}" if isinstance(model, Bundle) else "checkpoint"
-        raise UsageError(f"runtime {name!r} does not open {model.root}, a {what}; what fits: {fitting}")
+        raise UsageError(f"runtime {name!r} does not open {model.root}, a {what}; what fits: {', '.join(fit)}")
     return registry.runtime(name).load(model)  # type: ignore[arg-type]  # torch's takes a checkpoint
 
 
@@ -175,6 +178,7 @@ class Generator:
         if isinstance(self.model, Bundle):
             manifest = self.model.manifest
             facts["bundle"] = f"{manifest.backend} {manifest.layout} {manifest.precision}"
+        facts |= getattr(self.runtime, "facts", {})  # what a runtime chose on this machine
         return facts
 
     def inputs(self, prompt: str, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -39,6 +39,8 @@ def assembled(
     decoder leaves ``dtype``. The original is left as it is; both share nothing.
     """
     wide = {} if tail is None else dict.fromkeys(_tail_tensors(decoder_of(module), tail), tail.dtype)
+    # Scales of integers stay float32, which holds them exactly.
+    wide |= {id(m.weight_scale): torch.float32 for m in module.modules() if hasattr(m, "weight_scale")}
     twin = _cast_copy(module, dtype, torch.device(device), wide)
     if tail is not None:
         _widen_tail(decoder_of(twin), tail)

@@ -34,6 +34,8 @@ HEAVY = {
 #: Parts of edgeflow whose import brings a backend, so the spine may not import them at import time.
 BACKEND_SIDE = (
     "edgeflow.components",
+    "edgeflow.aot_package",
+    "edgeflow.gpu_device",
     "edgeflow.gpu_precision",
     "edgeflow.gpu_rewrites",
     "edgeflow.quantization.apply",
@@ -45,6 +47,8 @@ BACKEND_SIDE = (
 #: The spine's files that are torch's side themselves.
 TORCH_SIDE = (
     "edgeflow/components.py",
+    "edgeflow/aot_package.py",
+    "edgeflow/gpu_device.py",
     "edgeflow/gpu_precision.py",
     "edgeflow/gpu_rewrites.py",
     "edgeflow/quantization/apply.py",
