@@ -25,7 +25,7 @@ _CHANNELS_LAST = "channels_last"
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the constants; each tensor is contiguous or channels-last. Raises ValueError for other layouts."""
+    """Write the constants, each contiguous or channels-last. Raises ValueError for other layouts."""
     stored, last = {}, []
     for name, tensor in sorted(tensors.items()):
         if tensor.is_contiguous():

@@ -72,7 +72,9 @@ def load_runtime(model: Bundle | Checkpoint, name: str | None = None) -> Runtime
     fit = (fitting,) if isinstance(model, Bundle) else (fitting, *COMPILING_RUNTIMES)
     if name in registry.RUNTIMES and name not in fit:
         what = f"bundle of the backend {fitting}" if isinstance(model, Bundle) else "checkpoint"
-        raise UsageError(f"runtime {name!r} does not open {model.root}, a {what}; what fits: {', '.join(fit)}")
+        raise UsageError(
+            f"runtime {name!r} does not open {model.root}, a {what}; what fits: {', '.join(fit)}"
+        )
     return registry.runtime(name).load(model)  # type: ignore[arg-type]  # torch's takes a checkpoint
 
 

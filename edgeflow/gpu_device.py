@@ -125,7 +125,9 @@ def choose_attention(
     return min(total, key=lambda name: total[name]), total
 
 
-def _time_ms(order: Sequence[SDPBackend], shape: AttentionShape, dtype: torch.dtype, calls: int = 10) -> float:
+def _time_ms(
+    order: Sequence[SDPBackend], shape: AttentionShape, dtype: torch.dtype, calls: int = 10
+) -> float:
     """Milliseconds of one call, from a captured graph of ``calls``, so that no launch is timed."""
     batch, heads, _, width = shape.query
     q = torch.randn(shape.query, device="cuda", dtype=dtype)

@@ -48,7 +48,7 @@ class CudaExporter:
         spec = graph_spec(program.spec, layout, DIFFUSERS, f"/{aot_package.CODE}")
         if has_quantized_weights(program):
             raise ExportError(
-                f"export: cuda: {spec.name}: expected a float checkpoint; the integers of a quantized one run "
+                f"export: cuda: {spec.name}: expected a float checkpoint; a quantized one's integers run "
                 "from the checkpoint itself: edgeflow generate CHECKPOINT --runtime cuda"
             )
         inputs = [t.to(self._device) for t in program.example]
@@ -97,7 +97,7 @@ def _compile(exported: Any, path: Path, spec: GraphSpec) -> None:
 
 
 def _asked_for(path: Path, constants: dict[str, Any], spec: GraphSpec) -> dict[str, Tensor]:
-    """The constants that the code asks for, by its names. Raises ExportError where one is not the program's."""
+    """The constants that the code asks for. Raises ExportError where one is not the program's."""
     model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
     wanted = model.get_constant_fqns()
     missing = sorted(set(wanted) - set(constants))

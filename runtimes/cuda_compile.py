@@ -105,7 +105,12 @@ class CompiledCheckpoint:
             at, timestep = torch.as_tensor(noise).to(self.how.device), torch.tensor([spec.timestep])
             hidden = text(torch.as_tensor(ids).to(self.how.device, torch.int32))
             latent = (at + unet(at, timestep.to(self.how.device), hidden)) / spec.latent_scale
-        return {"input_ids": ids, "noise": noise, "hidden": hidden.cpu().numpy(), "latent": latent.cpu().numpy()}
+        return {
+            "input_ids": ids,
+            "noise": noise,
+            "hidden": hidden.cpu().numpy(),
+            "latent": latent.cpu().numpy(),
+        }
 
     def _float32(self, component: Component) -> nn.Module:
         plain, _ = float_layers(component.module, everything=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def load_package(bundle: Bundle, graph: GraphSpec, device: str = "cuda") -> Callable[..., Tensor]:
     """The graph as a function of tensors on ``device``, in the order of its inputs.
 
-    Raises RuntimeFailure for code made for another chip or torch, code or weights that cannot be read, weights
-    that are not those the code asks for, and a graph that cannot be captured.
+    Raises RuntimeFailure for code made for another chip or torch, code or weights that cannot be read,
+    weights that are not those the code asks for, and a graph that cannot be captured.
     """
     here = {"device": "cpu", "torch": gpu_device.torch_release()}
     if device == "cuda":

@@ -19,7 +19,8 @@ from edgeflow.components import sharing_copy
 def float_layers(module: nn.Module, *, everything: bool = False) -> tuple[nn.Module, dict[str, int]]:
     """A copy whose quantized layers are plain ones of the same weights, but those that stay integers.
 
-    ``everything``: those too. The counts say how many stay and how many became float; empty for a float model.
+    ``everything``: those too. The counts say how many stay and how many became float; none for a
+    float model.
     """
     if not any(hasattr(m, "weight_q") for m in module.modules()):
         return module, {}

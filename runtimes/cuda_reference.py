@@ -67,7 +67,9 @@ class CudaReference:
         """A checkpoint's graphs, built as ``how`` says."""
         made = CompiledCheckpoint(checkpoint, how)
         made.facts.update(facts, compiled="here")
-        graphs = {name: GraphSpec(name, "", c.spec.inputs, c.spec.outputs) for name, c in made.components.items()}
+        graphs = {
+            name: GraphSpec(name, "", c.spec.inputs, c.spec.outputs) for name, c in made.components.items()
+        }
         return cls(graphs, made.build, made.facts, how.device)
 
     @classmethod
