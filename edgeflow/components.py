@@ -95,7 +95,7 @@ def load_components(checkpoint: Checkpoint, picture: str = "float32") -> dict[st
         "text_encoder": text_encoder,
         "unet": Velocity(_anchored(unet)),
         "decoder": decoder,
-        PIPELINE: Pipeline(text_encoder, _folded(unet, spec.timestep), decoder, spec.latent_scale),
+        PIPELINE: Pipeline(text_encoder, fold_time(unet, spec.timestep), decoder, spec.latent_scale),
     }
     originals = _originals(text, unet, vae, spec)
     components = {
@@ -309,11 +309,12 @@ def _anchored(unet: Any) -> Any:
     return twin
 
 
-def _folded(unet: Any, timestep: float) -> Any:
+def fold_time(unet: Any, timestep: float) -> Any:
     """A UNet without time: what each block adds for ``timestep`` is in its first convolution's bias."""
     twin = sharing_copy(unet)
     with torch.no_grad():
-        embedding = unet.time_embedding(unet.time_proj(torch.tensor([timestep])))
+        at = torch.tensor([timestep], device=next(unet.parameters()).device)
+        embedding = unet.time_embedding(unet.time_proj(at))
         for block in twin.modules():
             if getattr(block, "time_emb_proj", None) is None:
                 continue

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from edgeflow import aot_package, gpu_device, gpu_precision, gpu_rewrites
 from edgeflow.errors import DeviceMissing, ExportError
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
-from edgeflow.exporters.program import Program, has_quantized_weights
+from edgeflow.exporters.program import Program
 from edgeflow.gpu_precision import DTYPES
 from edgeflow.spec import GraphSpec
 
@@ -46,7 +46,7 @@ class CudaExporter:
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter. The same program gives the same function, not the same bytes."""
         spec = graph_spec(program.spec, layout, DIFFUSERS, f"/{aot_package.CODE}")
-        if has_quantized_weights(program):
+        if any(hasattr(m, "weight_q") for m in program.module.modules()):
             raise ExportError(
                 f"export: cuda: {spec.name}: expected a float checkpoint; a quantized one's integers run "
                 "from the checkpoint itself: edgeflow generate CHECKPOINT --runtime cuda"

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeflow import gpu_device
 from edgeflow.components import sharing_copy
+from edgeflow.errors import RuntimeFailure
 
 
 def float_layers(module: nn.Module, *, everything: bool = False) -> tuple[nn.Module, dict[str, int]]:
@@ -81,3 +83,47 @@ def integer_linears(module: nn.Module, dtype: torch.dtype) -> None:
         if layer.bias is not None:
             linear.bias = layer.bias
         setattr(parent, name, linear)
+
+
+def to_integers(module: nn.Module, *, activations: bool) -> nn.Module:
+    """A copy whose large linear layers are quantized to the nearest by the scheme w8, as the recipe w8 does.
+
+    ``activations``: with a mark that makes ``integer_linears`` round activations row by row.
+    """
+    from edgeflow.quantization.layers import replace_weight
+    from edgeflow.quantization.schemes import SCHEMES, quantize
+
+    twin = sharing_copy(module)
+    with torch.no_grad():
+        for parent in list(twin.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is nn.Linear:
+                    q, scale, _ = quantize(layer.weight.float(), SCHEMES["w8"])
+                    plain = sharing_copy(layer)
+                    grid = (torch.ones(()), torch.zeros((), dtype=torch.uint8)) if activations else None
+                    replace_weight(plain, q, scale, None, 8, grid)
+                    setattr(parent, name, plain)
+    return twin
+
+
+def float8_linears(module: nn.Module) -> int:
+    """Let linear layers multiply in float8, weights and activations scaled row by row, in place; how many.
+
+    Raises RuntimeFailure on a chip without float8.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    chip = gpu_device.require_chip()
+    if not chip.has_fp8:
+        raise RuntimeFailure(
+            f"runtime cuda: {chip.name}: float8: expected compute capability 8.9 or later, got "
+            "{}.{}".format(*chip.capability)
+        )
+    fits = [
+        m
+        for m in module.modules()
+        if type(m) is nn.Linear and m.in_features % 16 == 0 and m.out_features % 16 == 0
+    ]
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(module, config, filter_fn=lambda m, name: any(m is other for other in fits))
+    return len(fits)
