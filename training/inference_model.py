@@ -84,22 +84,20 @@ class Model:
     @functools.cached_property
     def gflop(self) -> dict[str, dict[str, float]]:
         """Graph → arithmetic of one picture before and after the rewrites; counted, not computed."""
+        unet, text = self.configs["unet"], self.configs["text_encoder"]
+        ids, noise = self.inputs("pipeline", 1, False)
+        hidden = torch.empty(1, 77, unet["cross_attention_dim"])
         with torch.device("meta"):
-            shadow = Model(self.width, "meta", runs=0, compile=False)
-            shadow.text, shadow.unet = (_shell(p, self.configs[p]) for p in ("text_encoder", "unet"))
-            found = {}
-            for name, graph, tiny in (
-                ("unet", "unet", False),
-                ("decoder", "decoder", False),
-                ("pipeline", "pipeline", False),
-                ("tiny decoder", "decoder", True),
-                ("pipeline, tiny decoder", "pipeline", True),
-            ):
-                shadow.vae = lambda t: _shell("vae", TINY if t else self.configs["vae"])  # type: ignore[method-assign]
-                inputs = [torch.empty(t.shape, dtype=t.dtype) for t in self.inputs(graph, 1, tiny)]
-                module = shadow.module(graph, tiny)
-                rewritten, _ = gpu_rewrites.rewritten(module)
-                found[name] = {"plain": _count(module, inputs), "rewritten": _count(rewritten, inputs)}
+            modules: dict[str, tuple[nn.Module, list[Tensor]]] = {
+                "text encoder": (TextEncoder(_shell("text_encoder", text)), [ids]),
+                "unet": (_Folded(fold_time(_shell("unet", unet), FIRST_TIMESTEP)), [noise, hidden]),
+                "decoder": (Decoder(_shell("vae", self.configs["vae"])), [noise]),
+                "tiny decoder": (Decoder(_shell("vae", TINY)), [noise]),
+            }
+            found = {name: _count_both(module, inputs) for name, (module, inputs) in modules.items()}
+        for name, decoder in (("pipeline", "decoder"), ("pipeline, tiny decoder", "tiny decoder")):
+            parts = [found[part] for part in ("text encoder", "unet", decoder)]
+            found[name] = {key: round(sum(p[key] for p in parts), 2) for key in ("plain", "rewritten")}
         return found
 
     def machine(self) -> dict[str, Any]:
@@ -138,8 +136,12 @@ def _shell(part: str, config: dict[str, Any]) -> Any:
     return cls(**{k: v for k, v in config.items() if not k.startswith("_")})
 
 
-def _count(module: nn.Module, inputs: list[Tensor]) -> float:
-    """GFLOP of one call; attention in its plain form, which the counter knows."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return round(counter.get_total_flops() / 1e9, 1)
+def _count_both(module: nn.Module, inputs: list[Tensor]) -> dict[str, float]:
+    """GFLOP of one call as it is and rewritten; attention in its plain form, which the counter knows."""
+    found = {}
+    for name, of in (("plain", module), ("rewritten", gpu_rewrites.rewritten(module)[0])):
+        empty = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            of(*empty)
+        found[name] = round(counter.get_total_flops() / 1e9, 2)
+    return found

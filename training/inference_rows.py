@@ -31,7 +31,7 @@ from edgeflow.training.random_checkpoint import SHAPES
 from edgeflow.training.random_vocabulary import write_tokenizer
 
 ALL = tuple(gpu_rewrites.REWRITES)
-_SIZES = {"cuda": 8192, "cpu": 512}
+_SIZES = {"cuda": 8192, "cpu": 128}
 _TOP = 16
 
 

@@ -257,7 +257,9 @@ def test_a_package_draws_pytorchs_picture_and_checks_itself(
     kept = weights.read_bytes()
     aot_package.write_weights(weights, {name: torch.zeros_like(t) for name, t in tensors.items()})
     picture = drawn(CudaReference.packaged(bundle, {}, "cpu"), checkpoint, 0)
-    assert len(np.unique(picture)) == 1
+    assert (
+        len(np.unique(picture.reshape(-1, 3), axis=0)) == 1
+    )  # one colour: a bias of three may be in the code
     aot_package.write_weights(weights, dict(list(tensors.items())[1:]))
     with pytest.raises(RuntimeFailure, match=r"expected the .* weights that the code asks for"):
         CudaReference.packaged(bundle, {}, "cpu")

@@ -153,7 +153,7 @@ def test_a_runtime_that_does_not_fit_lists_what_fits(
 ) -> None:
     with pytest.raises(UsageError, match=r"runtime 'openvino' does not open .*; what fits: onnx$"):
         load_runtime(open_model(make_bundle()), "openvino")
-    with pytest.raises(UsageError, match=r"a checkpoint; what fits: torch$"):
+    with pytest.raises(UsageError, match=r"a checkpoint; what fits: torch, cuda, cuda-bf16$"):
         load_runtime(open_model(tiny_checkpoint), "onnx")
     with pytest.raises(UnknownNameError, match="runtime 'tpu' is not known; known: coreml, onnx"):
         load_runtime(open_model(tiny_checkpoint), "tpu")
