@@ -24,6 +24,8 @@ from edgeflow.tokenizer import ClipTokenizer
 REFERENCE_RUNTIME = "torch"
 #: Runtimes that open a checkpoint besides: they compile it themselves.
 COMPILING_RUNTIMES = ("cuda", "cuda-bf16")
+#: Backend → runtimes that open its bundles besides its own.
+OTHER_RUNTIMES = {"onnx": ("onnx-cuda",)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def load_runtime(model: Bundle | Checkpoint, name: str | None = None) -> Runtime
     """
     fitting = default_runtime(model)
     name = name or fitting
-    fit = (fitting,) if isinstance(model, Bundle) else (fitting, *COMPILING_RUNTIMES)
+    others = OTHER_RUNTIMES.get(fitting, ()) if isinstance(model, Bundle) else COMPILING_RUNTIMES
+    fit = (fitting, *others)
     if name in registry.RUNTIMES and name not in fit:
         what = f"bundle of the backend {fitting}" if isinstance(model, Bundle) else "checkpoint"
         raise UsageError(

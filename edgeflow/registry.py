@@ -31,6 +31,7 @@ EXPORTERS = {
 RUNTIMES = {
     "torch": "edgeflow.runtimes.torch_reference:TorchReference",
     "onnx": "edgeflow.runtimes.onnx_runtime:OnnxRuntime",
+    "onnx-cuda": "edgeflow.runtimes.onnx_runtime:OnnxCuda",
     "openvino": "edgeflow.runtimes.openvino_runtime:OpenVinoRuntime",
     "coreml": "edgeflow.runtimes.coreml_runtime:CoreMLRuntime",
     "cuda": "edgeflow.runtimes.cuda_reference:CudaReference",
@@ -40,6 +41,7 @@ RUNTIMES = {
 REQUIRES = {
     "torch": ("torch", "export"),
     "onnx": ("onnxruntime", "onnx"),
+    "onnx-cuda": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "openvino"),
     "coreml": ("coremltools", "coreml"),
     "cuda": ("torch", "cuda"),

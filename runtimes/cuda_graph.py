@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,18 +18,21 @@ WARM_CALLS = 3
 class Captured:
     """``function`` of tensors on the GPU, captured once. The result is overwritten by the next call."""
 
-    def __init__(self, function: Callable[..., Tensor], examples: Sequence[Tensor]):
-        """Raises RuntimeFailure where the function cannot be captured: it is then not run another way."""
+    def __init__(self, function: Callable[..., Tensor], examples: Sequence[Tensor], *, search: bool = True):
+        """``search``: cuDNN times its convolutions before the capture, which takes seconds, and the graph
+        keeps the fastest; else it trusts its heuristics.
+
+        Raises RuntimeFailure where the function cannot be captured: it is then not run another way."""
         self._inputs = [t.clone() for t in examples]
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.no_grad(), torch.cuda.stream(stream):
+            with torch.no_grad(), torch.cuda.stream(stream), _searching(search):
                 for _ in range(WARM_CALLS):
                     function(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), torch.cuda.graph(self._graph):
+            with torch.no_grad(), _searching(search), torch.cuda.graph(self._graph):
                 self._output = function(*self._inputs)
         except torch.OutOfMemoryError:
             raise
@@ -42,3 +46,13 @@ class Captured:
             static.copy_(tensor, non_blocking=True)
         self._graph.replay()
         return self._output
+
+
+@contextlib.contextmanager
+def _searching(on: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -35,7 +35,8 @@ def load_package(bundle: Bundle, graph: GraphSpec, device: str = "cuda") -> Call
     package.check_signature(graph)
     if device == "cpu":
         return package
-    return Captured(package, [_example(t, device) for t in graph.inputs])
+    # A package is for a quick first picture: cuDNN does not search for faster convolutions before it.
+    return Captured(package, [_example(t, device) for t in graph.inputs], search=False)
 
 
 def _example(tensor: Any, device: str) -> Tensor:
