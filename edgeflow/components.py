@@ -116,11 +116,11 @@ def load_components(
         if name == "unet":
             return Velocity(_anchored(unet))
         assert text_encoder is not None and decoder is not None
-        return Pipeline(text_encoder, _folded(unet, spec.timestep), decoder, spec.latent_scale)
+        return Pipeline(text_encoder, fold_time(unet, spec.timestep), decoder, spec.latent_scale)
 
     originals = _originals(text, unet, vae, spec)
     components = {
-        s.name: Component(s, module(s.name).eval(), originals[s.name], _example(s))
+        s.name: Component(s, module(s.name).eval(), originals[s.name], _example(s, spec.latent_scale))
         for s in _component_specs(spec, int(checkpoint.config("text_encoder")["hidden_size"]))
         if s.name in names
     }
@@ -319,7 +319,7 @@ class _NoTime(nn.Module):
         return None
 
 
-def _sharing_copy(module: nn.Module) -> Any:
+def sharing_copy(module: nn.Module) -> Any:
     """A copy of the module's structure that shares its tensors."""
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
@@ -328,16 +328,17 @@ def _anchored(unet: Any) -> Any:
     if type(unet.time_proj).__name__ != "Timesteps":
         kind = unet.config.time_embedding_type
         raise ExportError(f"export: unet: expected a positional time embedding, got {kind!r}")
-    twin = _sharing_copy(unet)
+    twin = sharing_copy(unet)
     twin.time_proj = AnchoredTimesteps(unet.time_proj)
     return twin
 
 
-def _folded(unet: Any, timestep: float) -> Any:
+def fold_time(unet: Any, timestep: float) -> Any:
     """A UNet without time: what each block adds for ``timestep`` is in its first convolution's bias."""
-    twin = _sharing_copy(unet)
+    twin = sharing_copy(unet)
     with torch.no_grad():
-        embedding = unet.time_embedding(unet.time_proj(torch.tensor([timestep])))
+        at = torch.tensor([timestep], device=next(unet.parameters()).device)
+        embedding = unet.time_embedding(unet.time_proj(at))
         for block in twin.modules():
             if getattr(block, "time_emb_proj", None) is None:
                 continue
@@ -345,7 +346,7 @@ def _folded(unet: Any, timestep: float) -> Any:
                 kind = block.time_embedding_norm
                 raise ExportError(f"export: unet: expected blocks that add the time embedding, got {kind!r}")
             added = block.time_emb_proj(block.nonlinearity(embedding))[0]
-            conv = _sharing_copy(block.conv1)
+            conv = sharing_copy(block.conv1)
             conv.bias = nn.Parameter(added if conv.bias is None else conv.bias + added, requires_grad=False)
             block.conv1, block.time_emb_proj = conv, None
     twin.time_proj, twin.time_embedding = None, _NoTime()
@@ -376,8 +377,8 @@ def _originals(text: Any, unet: Any, vae: Any, spec: GenerationSpec) -> dict[str
     return {"text_encoder": text_encoder, "unet": velocity, "decoder": decoder, PIPELINE: pipeline}
 
 
-def _example(spec: ComponentSpec) -> dict[str, Tensor]:
-    """Seeded inputs: small token ids, Gaussian noise, the first timestep."""
+def _example(spec: ComponentSpec, latent_scale: float) -> dict[str, Tensor]:
+    """Seeded inputs: small token ids, Gaussian noise, latents of a real one's size, the first timestep."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def tensor(t: TensorSpec) -> Tensor:
@@ -385,6 +386,7 @@ def _example(spec: ComponentSpec) -> dict[str, Tensor]:
             return torch.arange(t.shape[-1], dtype=_DTYPES[t.dtype])[None]
         if t.name == "timestep":
             return torch.full(t.shape, FIRST_TIMESTEP)
-        return torch.randn(t.shape, generator=generator)
+        noise = torch.randn(t.shape, generator=generator)
+        return noise / latent_scale if t.name == "latent" else noise
 
     return {t.name: tensor(t) for t in spec.inputs}

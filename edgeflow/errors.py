@@ -81,3 +81,9 @@ class BackendMissing(EdgeflowError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"{package} is not installed; install it with: pip install 'edgeflow[{extra}]'")
+
+
+class DeviceMissing(EdgeflowError):
+    """A backend whose device this machine does not have, or whose driver does not answer."""
+
+    exit_code = EXIT_BACKEND

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from edgeflow.registry import Exporter
 
 PRECISIONS = ("fp32", "fp16")
+#: What some backend has besides.
+OTHER_PRECISIONS = ("bf16",)
 LAYOUTS: Mapping[str, tuple[str, ...]] = {PIPELINE: (PIPELINE,), "components": COMPONENTS}
 PICTURES = ("float32", "uint8")
 #: How many of the model's prompts the reference of a bundle holds; prompt i is drawn from seed i.
@@ -141,7 +143,7 @@ def plan(
 ) -> list[_Job]:
     """The bundles to write, in order, each once. Raises UsageError or BackendMissing."""
     for what, names, known in (
-        ("precision", precisions, PRECISIONS),
+        ("precision", precisions, PRECISIONS + OTHER_PRECISIONS),
         ("graph layout", layouts, tuple(LAYOUTS)),
         ("picture", (picture,), PICTURES),
     ):
@@ -223,7 +225,7 @@ def _finish_bundle(
         recipe=checkpoint.quantization["recipe"] if checkpoint.quantization else None,
         graphs=tuple(graphs),
         files={},
-        versions=_versions(getattr(job.exporter, "tools", ())),
+        versions=_versions(getattr(job.exporter, "tools", ())) | getattr(job.exporter, "facts", dict)(),
         fp32_ops=_fp32_ops(job, ranges),
     )
     write_bundle_files(stage, manifest)

@@ -22,6 +22,10 @@ from edgeflow.tokenizer import ClipTokenizer
 
 #: The runtime that draws from a checkpoint, which no backend has lowered.
 REFERENCE_RUNTIME = "torch"
+#: Runtimes that open a checkpoint besides: they compile it themselves.
+COMPILING_RUNTIMES = ("cuda", "cuda-bf16")
+#: Backend → runtimes that open its bundles besides its own.
+OTHER_RUNTIMES = {"onnx": ("onnx-cuda",)}
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,13 @@ def expect_fitting(model: Bundle | Checkpoint, name: str | None) -> None:
     """Raise UsageError for a built-in runtime that does not open the model."""
     fitting = default_runtime(model)
     name = name or fitting
-    if name in registry.RUNTIMES and name != fitting:
+    others = OTHER_RUNTIMES.get(fitting, ()) if isinstance(model, Bundle) else COMPILING_RUNTIMES
+    fit = (fitting, *others)
+    if name in registry.RUNTIMES and name not in fit:
         what = f"bundle of the backend {fitting}" if isinstance(model, Bundle) else "checkpoint"
-        raise UsageError(f"runtime {name!r} does not open {model.root}, a {what}; what fits: {fitting}")
+        raise UsageError(
+            f"runtime {name!r} does not open {model.root}, a {what}; what fits: {', '.join(fit)}"
+        )
 
 
 def is_fused(model: Bundle | Checkpoint) -> bool:
@@ -193,6 +201,7 @@ class Generator:
         if isinstance(self.model, Bundle):
             manifest = self.model.manifest
             facts["bundle"] = f"{manifest.backend} {manifest.layout} {manifest.precision}"
+        facts |= getattr(self.runtime, "facts", {})  # what a runtime chose on this machine
         return facts
 
     def inputs(self, prompt: str, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

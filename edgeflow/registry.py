@@ -26,19 +26,26 @@ EXPORTERS = {
     "onnx": "edgeflow.exporters.to_onnx:OnnxExporter",
     "openvino": "edgeflow.exporters.to_openvino:OpenVinoExporter",
     "coreml": "edgeflow.exporters.to_coreml:CoreMLExporter",
+    "cuda": "edgeflow.exporters.to_cuda:CudaExporter",
 }
 RUNTIMES = {
     "torch": "edgeflow.runtimes.torch_reference:TorchReference",
     "onnx": "edgeflow.runtimes.onnx_runtime:OnnxRuntime",
+    "onnx-cuda": "edgeflow.runtimes.onnx_runtime:OnnxCuda",
     "openvino": "edgeflow.runtimes.openvino_runtime:OpenVinoRuntime",
     "coreml": "edgeflow.runtimes.coreml_runtime:CoreMLRuntime",
+    "cuda": "edgeflow.runtimes.cuda_reference:CudaReference",
+    "cuda-bf16": "edgeflow.runtimes.cuda_reference:CudaBfloat16",
 }
 #: The package whose absence means "this backend is not installed", and the extra that brings it.
 REQUIRES = {
     "torch": ("torch", "export"),
     "onnx": ("onnxruntime", "onnx"),
+    "onnx-cuda": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "openvino"),
     "coreml": ("coremltools", "coreml"),
+    "cuda": ("torch", "cuda"),
+    "cuda-bf16": ("torch", "cuda"),
 }
 
 

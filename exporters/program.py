@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgeflow.components import Component, ComponentSpec
@@ -23,6 +24,8 @@ class Program:
 
     spec: ComponentSpec
     exported: ExportedProgram
+    module: nn.Module  # what was exported, float32, for backends that rewrite it first
+    example: tuple[Tensor, ...]
     wide: Wide = field(default_factory=Wide)
 
 
@@ -55,4 +58,4 @@ def build_program(component: Component) -> Program:
     except Exception as error:  # torch.export raises whatever the traced code raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"export: {component.spec.name}: torch.export cannot take it: {reason}") from error
-    return Program(component.spec, exported)
+    return Program(component.spec, exported, component.module, args)

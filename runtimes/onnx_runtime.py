@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
-from edgeflow.errors import RuntimeFailure
+from edgeflow.errors import DeviceMissing, RuntimeFailure
 from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
 from edgeflow.spec import GraphSpec
@@ -25,6 +26,13 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 #: TF32 would round a float32 graph's factors to 10 bits, and parity would measure that, not the export.
 _OPTIONS = {CUDA: {"use_tf32": "0"}}
+#: What a session needs besides to be captured as one CUDA graph: inputs and outputs at fixed addresses (IO
+#: binding), one stream, and the fastest convolution looked for once.
+_CAPTURE = {
+    "enable_cuda_graph": "1",
+    "cudnn_conv_algo_search": "EXHAUSTIVE",
+    "do_copy_in_default_stream": "1",
+}
 _ERRORS_ONLY = 3
 
 
@@ -33,24 +41,36 @@ class OnnxRuntime:
 
     name: ClassVar[str] = "onnx"
 
-    def __init__(self, graphs: Mapping[str, GraphSpec], sessions: Mapping[str, ort.InferenceSession]):
+    def __init__(
+        self,
+        graphs: Mapping[str, GraphSpec],
+        sessions: Mapping[str, ort.InferenceSession],
+        bound_to: str | None = None,
+    ):
+        """``bound_to``: the device whose memory inputs and outputs are bound in, or None for no binding."""
         self._graphs = dict(graphs)
+        self._bound = {
+            name: _Bound(session, graphs[name], bound_to) for name, session in sessions.items() if bound_to
+        }
         self._sessions = dict(sessions)
         self.providers = {name: tuple(session.get_providers()) for name, session in sessions.items()}
 
     @classmethod
-    def load(cls, bundle: Bundle, providers: Sequence[str] | None = None) -> OnnxRuntime:
+    def load(
+        cls, bundle: Bundle, providers: Sequence[str] | None = None, *, capture: bool = False
+    ) -> OnnxRuntime:
         """Open every graph of the bundle from its path (weights may lie in a file beside it).
 
         ``providers`` are ONNX Runtime's names, best first; by default CUDA when this onnxruntime has it, then
-        CPU. Raises RuntimeFailure for a bundle of another backend, a graph that ONNX Runtime refuses, or a
+        CPU. ``capture`` binds inputs and outputs on the GPU and replays each graph as one CUDA graph.
+        Raises RuntimeFailure for a bundle of another backend, a graph that ONNX Runtime refuses, or a
         provider that was asked for by name and is not in use.
         """
-        checks.expect_bundle(cls.name, bundle)
+        checks.expect_bundle("onnx", bundle)
         wanted = list(providers) if providers else _default_providers()
         graphs = {graph.name: graph for graph in bundle.manifest.graphs}
-        sessions = {name: _session(bundle, graph, wanted) for name, graph in graphs.items()}
-        runtime = cls(graphs, sessions)
+        sessions = {name: _session(bundle, graph, wanted, capture) for name, graph in graphs.items()}
+        runtime = cls(graphs, sessions, "cuda" if capture else None)
         runtime._expect_providers(wanted, explicit=bool(providers))
         return runtime
 
@@ -83,12 +103,58 @@ class OnnxRuntime:
         keys = [t.key for t in spec.outputs]
         feeds = checks.feed(spec, inputs)
         try:
-            arrays = self._sessions[graph].run(keys, feeds)
+            bound = self._bound.get(graph)
+            arrays = self._sessions[graph].run(keys, feeds) if bound is None else bound.run(feeds)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise RuntimeFailure(
                 f"runtime onnx: graph {graph}: run failed: {checks.one_line(error)}"
             ) from error
         return checks.collect(self.name, spec, dict(zip(keys, arrays, strict=True)))
+
+
+class OnnxCuda(OnnxRuntime):
+    """The same on CUDA alone, each graph captured: a session that cannot be is an error."""
+
+    name: ClassVar[str] = "onnx-cuda"
+
+    @classmethod
+    def load(
+        cls, bundle: Bundle, providers: Sequence[str] | None = None, *, capture: bool = True
+    ) -> OnnxRuntime:
+        """Raises DeviceMissing where this onnxruntime has no CUDA, RuntimeFailure as OnnxRuntime's."""
+        if CUDA not in _default_providers():
+            raise DeviceMissing(
+                f"runtime {cls.name}: expected {CUDA}, this onnxruntime has "
+                f"{', '.join(ort.get_available_providers())}; install it with: pip install 'edgeflow[cuda]'"
+            )
+        return super().load(bundle, (CUDA,), capture=capture)
+
+
+class _Bound:
+    """A session whose inputs and outputs keep their places in a device's memory."""
+
+    def __init__(self, session: ort.InferenceSession, graph: GraphSpec, device: str):
+        self._session, self._binding = session, session.io_binding()
+        make = ort.OrtValue.ortvalue_from_shape_and_type
+        self._inputs = {t.key: make(list(t.shape), np.dtype(t.dtype), device, 0) for t in graph.inputs}
+        self._outputs = {t.key: make(list(t.shape), np.dtype(t.dtype), device, 0) for t in graph.outputs}
+        for key, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(key, value)
+        for key, value in self._outputs.items():
+            self._binding.bind_ortvalue_output(key, value)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Arrays by key → outputs in the graph's order; copies, which no later run overwrites."""
+        for key, array in feeds.items():
+            self._inputs[key].update_inplace(array)
+        self._session.run_with_iobinding(self._binding)
+        return [value.numpy().copy() for value in self._outputs.values()]
+
+
+def provider_options(provider: str, capture: bool) -> dict[str, str]:
+    """What a session is told about a provider."""
+    options = dict(_OPTIONS.get(provider, {}))
+    return options | _CAPTURE if capture and provider == CUDA else options
 
 
 def _default_providers() -> list[str]:
@@ -101,7 +167,7 @@ def _default_providers() -> list[str]:
 
 
 def _session(
-    bundle: Bundle, graph: GraphSpec, providers: Sequence[str], *, frugal: bool = False
+    bundle: Bundle, graph: GraphSpec, providers: Sequence[str], capture: bool, *, frugal: bool = False
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -123,7 +189,7 @@ def _session(
         session = ort.InferenceSession(
             str(path),
             options,
-            providers=[(p, _OPTIONS.get(p, {})) for p in providers],
+            providers=[(p, provider_options(p, capture)) for p in providers],
             disabled_optimizers=disabled,
         )
     except Exception as error:  # onnxruntime's exceptions share no base but Exception

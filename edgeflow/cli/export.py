@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     metavar="BACKEND",
-    help="Backend to export to: onnx, openvino or coreml; may repeat.",
+    help="Backend to export to: onnx, openvino, coreml or cuda (which needs an NVIDIA GPU); may repeat.",
 )
 @click.option(
     "--precision",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     default=("fp32",),
     show_default="fp32",
     metavar="NAME",
-    help="fp32 or fp16; may repeat.",
+    help="fp32 or fp16, for cuda also bf16; may repeat.",
 )
 @click.option(
     "--graph",

@@ -26,7 +26,8 @@ for _package, _ in registry.REQUIRES.values():
     pytest.importorskip(_package)
 
 #: Runtimes that take a bundle: those with an exporter of the same name.
-BACKENDS = [name for name in registry.RUNTIMES if name in registry.EXPORTERS]
+#: cuda needs the chip: tests/unit/test_cuda_runtime.py.
+BACKENDS = [name for name in registry.RUNTIMES if name in registry.EXPORTERS and name != "cuda"]
 CASES = [(b, layout, precision) for b in BACKENDS for layout in LAYOUTS for precision in PRECISIONS]
 #: The lowering gap's gates.
 SQNR_DB = {"fp32": 60.0, "fp16": 40.0}

@@ -72,8 +72,8 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"backends": ["onxx"]}, "exporter 'onxx' is not known; known: coreml, onnx, openvino"),
-        ({"precisions": ["int3"]}, "precision 'int3' is not known; known: fp16, fp32"),
+        ({"backends": ["onxx"]}, "exporter 'onxx' is not known; known: coreml, cuda, onnx, openvino"),
+        ({"precisions": ["int3"]}, "precision 'int3' is not known; known: bf16, fp16, fp32"),
         ({"layouts": ["unet"]}, "graph layout 'unet' is not known; known: components, pipeline"),
         ({"picture": "png"}, "picture 'png' is not known; known: float32, uint8"),
     ],

@@ -151,11 +151,13 @@ def test_a_folder_with_a_manifest_is_a_bundle(
 def test_a_runtime_that_does_not_fit_lists_what_fits(
     make_bundle: Callable[..., Path], tiny_checkpoint: Path
 ) -> None:
-    with pytest.raises(UsageError, match=r"runtime 'openvino' does not open .*; what fits: onnx$"):
+    with pytest.raises(UsageError, match=r"runtime 'openvino' does not open .*; what fits: onnx, onnx-cuda$"):
         load_runtime(open_model(make_bundle()), "openvino")
-    with pytest.raises(UsageError, match=r"a checkpoint; what fits: torch$"):
+    with pytest.raises(UsageError, match=r"a checkpoint; what fits: torch, cuda, cuda-bf16$"):
         load_runtime(open_model(tiny_checkpoint), "onnx")
-    with pytest.raises(UnknownNameError, match="runtime 'tpu' is not known; known: coreml, onnx"):
+    with pytest.raises(
+        UnknownNameError, match="runtime 'tpu' is not known; known: coreml, cuda, cuda-bf16, onnx"
+    ):
         load_runtime(open_model(tiny_checkpoint), "tpu")
 
 

@@ -1,0 +1,58 @@
+"""A function of fixed shapes as one CUDA graph: its inputs are copied in, everything is replayed at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from edgeflow.errors import RuntimeFailure
+from edgeflow.runtimes import checks
+
+#: Calls before the capture: they compile, choose kernels and fill every cache.
+WARM_CALLS = 3
+
+
+class Captured:
+    """``function`` of tensors on the GPU, captured once. The result is overwritten by the next call."""
+
+    def __init__(self, function: Callable[..., Tensor], examples: Sequence[Tensor], *, search: bool = True):
+        """``search``: cuDNN times its convolutions before the capture, which takes seconds, and the graph
+        keeps the fastest; else it trusts its heuristics.
+
+        Raises RuntimeFailure where the function cannot be captured: it is then not run another way."""
+        self._inputs = [t.clone() for t in examples]
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.no_grad(), torch.cuda.stream(stream), _searching(search):
+                for _ in range(WARM_CALLS):
+                    function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.no_grad(), _searching(search), torch.cuda.graph(self._graph):
+                self._output = function(*self._inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeFailure(
+                f"runtime cuda: it could not be captured: {checks.one_line(error)}"
+            ) from error
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        for static, tensor in zip(self._inputs, tensors, strict=True):
+            static.copy_(tensor, non_blocking=True)
+        self._graph.replay()
+        return self._output
+
+
+@contextlib.contextmanager
+def _searching(on: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

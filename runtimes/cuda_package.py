@@ -1,0 +1,73 @@
+"""A graph of a bundle that AOTInductor compiled: its code is checked, loaded, given its weights, captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from edgeflow import aot_package, gpu_device
+from edgeflow.bundle import inside
+from edgeflow.errors import RuntimeFailure
+from edgeflow.runtimes import checks
+from edgeflow.runtimes.cuda_graph import Captured
+from edgeflow.spec import GraphSpec
+
+if TYPE_CHECKING:
+    from edgeflow.bundle import Bundle
+
+
+def load_package(bundle: Bundle, graph: GraphSpec, device: str = "cuda") -> Callable[..., Tensor]:
+    """The graph as a function of tensors on ``device``, in the order of its inputs.
+
+    Raises RuntimeFailure for code made for another chip or torch, code or weights that cannot be read,
+    weights that are not those the code asks for, and a graph that cannot be captured.
+    """
+    here = {"device": "cpu", "torch": gpu_device.torch_release()}
+    if device == "cuda":
+        here = gpu_device.require_chip().versions()
+    aot_package.check_made_for(bundle.manifest.versions, here, bundle.root)
+    code = inside(bundle.root, graph.file)
+    weights = aot_package.read_weights(code.with_name(aot_package.WEIGHTS), device)
+    package = _Package(code, weights)
+    package.check_signature(graph)
+    if device == "cpu":
+        return package
+    # A package is for a quick first picture: cuDNN does not search for faster convolutions before it.
+    return Captured(package, [_example(t, device) for t in graph.inputs], search=False)
+
+
+def _example(tensor: Any, device: str) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
+
+
+class _Package:
+    """Code and the weights it points into, which must live as long."""
+
+    def __init__(self, code: Any, weights: dict[str, Tensor]):
+        self._where, self._weights = code, weights
+        try:
+            # Without its locks, which a capture does not allow; nobody calls it from two threads.
+            self._model = torch._inductor.aoti_load_package(str(code), run_single_threaded=True)
+            wanted = set(self._model.get_constant_fqns())
+        except Exception as error:  # torch raises whatever its archive, its linker or its driver raises
+            raise RuntimeFailure(
+                f"runtime cuda: {code}: could not be loaded: {checks.one_line(error)}"
+            ) from error
+        if wanted != set(weights):
+            wrong = sorted(wanted ^ set(weights))[0]
+            raise RuntimeFailure(
+                f"runtime cuda: {code}: expected the {len(wanted)} weights that the code asks for, got "
+                f"{len(weights)}, which differ in {wrong}"
+            )
+        self._model.load_constants(weights, check_full_update=True, user_managed=True)
+
+    def check_signature(self, graph: GraphSpec) -> None:
+        """Raises RuntimeFailure where the code's own record of its tensors is not the manifest's."""
+        said = self._model.get_metadata()
+        checks.expect_keys("cuda", graph, said.get("inputs", "").split(), said.get("outputs", "").split())
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return self._model(*tensors)

@@ -1,0 +1,99 @@
+"""ONNX Runtime on CUDA as far as a CPU can tell: what a session is told, and runs through IO binding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ort = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+
+from edgeflow.bundle import Bundle, Manifest  # noqa: E402
+from edgeflow.errors import DeviceMissing  # noqa: E402
+from edgeflow.runtimes import onnx_runtime  # noqa: E402
+from edgeflow.runtimes.onnx_runtime import CPU, CUDA, OnnxCuda, OnnxRuntime, provider_options  # noqa: E402
+from edgeflow.spec import GraphSpec, TensorSpec  # noqa: E402
+
+
+def test_only_a_captured_cuda_session_is_told_of_graphs() -> None:
+    assert provider_options(CUDA, capture=False) == {"use_tf32": "0"}
+    captured = provider_options(CUDA, capture=True)
+    assert captured["enable_cuda_graph"] == "1" and captured["use_tf32"] == "0"
+    assert provider_options(CPU, capture=True) == provider_options(CPU, capture=False) == {}
+    assert all(isinstance(value, str) for value in captured.values())  # the API takes nothing else
+
+
+@pytest.fixture(scope="module")
+def affine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraphSpec]:
+    """y = x·2 + b over float32 (2, 3), b int64 (3,)."""
+    helper, types = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Cast", ["b"], ["c"], to=types.FLOAT),
+        helper.make_node("Add", ["x", "x"], ["d"]),
+        helper.make_node("Add", ["c", "d"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "affine",
+        [
+            helper.make_tensor_value_info("x", types.FLOAT, [2, 3]),
+            helper.make_tensor_value_info("b", types.INT64, [3]),
+        ],
+        [helper.make_tensor_value_info("y", types.FLOAT, [2, 3])],
+    )
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, path)
+    inputs = (TensorSpec("x", (2, 3), "float32", "x"), TensorSpec("b", (3,), "int64", "b"))
+    return path, GraphSpec("affine", "model.onnx", inputs, (TensorSpec("y", (2, 3), "float32", "y"),))
+
+
+def test_a_bound_session_computes_and_overwrites_nothing(affine: tuple[Path, GraphSpec]) -> None:
+    path, spec = affine
+    session = ort.InferenceSession(str(path), providers=[CPU])
+    plain, bound = (OnnxRuntime({"affine": spec}, {"affine": session}, to) for to in (None, "cpu"))
+    x, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2, 3])
+    first = bound.run("affine", {"x": x, "b": b})["y"]
+    np.testing.assert_array_equal(first, 2 * x + b)
+    np.testing.assert_array_equal(first, plain.run("affine", {"x": x, "b": b})["y"])
+    other = bound.run("affine", {"x": -x, "b": b})["y"]
+    np.testing.assert_array_equal(first, 2 * x + b)
+    np.testing.assert_array_equal(other, -2 * x + b)
+
+
+def test_capture_reaches_every_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in for a GPU build: what each session is made with, and where it is bound."""
+    made, bound = [], []
+
+    def session(path: str, options: object, providers: object) -> SimpleNamespace:
+        made.append(providers)
+        ports = [SimpleNamespace(name=n) for n in ("x", "y")]
+        return SimpleNamespace(
+            get_inputs=lambda: ports[:1],
+            get_outputs=lambda: ports[1:],
+            get_providers=lambda: [CUDA, CPU],
+            disable_fallback=lambda: None,
+        )
+
+    monkeypatch.setattr(onnx_runtime.ort, "InferenceSession", session)
+    monkeypatch.setattr(onnx_runtime, "_Bound", lambda s, graph, device: bound.append((graph.name, device)))
+    monkeypatch.setattr(onnx_runtime, "_default_providers", lambda: [CUDA, CPU])
+    tensor = TensorSpec("x", (1,), "float32", "x")
+    graphs = tuple(
+        GraphSpec(n, f"{n}.onnx", (tensor,), (TensorSpec("y", (1,), "float32", "y"),)) for n in ("a", "b")
+    )
+    bundle = Bundle(tmp_path, Manifest("onnx", "fp16", "components", {}, None, graphs, {}, {}))
+    OnnxCuda.load(bundle)
+    assert made == [[(CUDA, provider_options(CUDA, capture=True))]] * 2
+    assert bound == [("a", "cuda"), ("b", "cuda")]
+
+
+@pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="tells what happens without CUDA")
+def test_without_cuda_it_is_said(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path, Manifest("onnx", "fp16", "pipeline", {}, None, (), {}, {}))
+    with pytest.raises(DeviceMissing, match=r"runtime onnx-cuda: expected CUDAExecutionProvider") as caught:
+        OnnxCuda.load(bundle)
+    assert caught.value.exit_code == 4
