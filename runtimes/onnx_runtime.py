@@ -69,7 +69,7 @@ class OnnxRuntime:
         checks.expect_bundle("onnx", bundle)
         wanted = list(providers) if providers else _default_providers()
         graphs = {graph.name: graph for graph in bundle.manifest.graphs}
-        sessions = {name: _session(bundle, graph, wanted, capture) for name, graph in graphs.items()}
+        sessions = {name: _session(bundle, graph, wanted, capture=capture) for name, graph in graphs.items()}
         runtime = cls(graphs, sessions, "cuda" if capture else None)
         runtime._expect_providers(wanted, explicit=bool(providers))
         return runtime
@@ -80,9 +80,9 @@ class OnnxRuntime:
 
         Weights in a file beside the graph stay mapped from it, and none is laid out anew or cast beforehand.
         """
-        checks.expect_bundle(cls.name, bundle)
+        checks.expect_bundle("onnx", bundle)
         spec = bundle.graph(graph)
-        return cls({graph: spec}, {graph: _session(bundle, spec, [CPU], frugal=True)})
+        return cls({graph: spec}, {graph: _session(bundle, spec, [CPU], capture=False, frugal=True)})
 
     def _expect_providers(self, wanted: Sequence[str], explicit: bool) -> None:
         """ONNX Runtime goes on without a provider that fails to start; here that is said, or refused."""
@@ -167,7 +167,7 @@ def _default_providers() -> list[str]:
 
 
 def _session(
-    bundle: Bundle, graph: GraphSpec, providers: Sequence[str], capture: bool, *, frugal: bool = False
+    bundle: Bundle, graph: GraphSpec, providers: Sequence[str], *, capture: bool, frugal: bool = False
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -68,7 +68,7 @@ def test_capture_reaches_every_session(monkeypatch: pytest.MonkeyPatch, tmp_path
     """A stand-in for a GPU build: what each session is made with, and where it is bound."""
     made, bound = [], []
 
-    def session(path: str, options: object, providers: object) -> SimpleNamespace:
+    def session(path: str, options: object, providers: object, **more: object) -> SimpleNamespace:
         made.append(providers)
         ports = [SimpleNamespace(name=n) for n in ("x", "y")]
         return SimpleNamespace(
