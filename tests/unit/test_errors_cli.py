@@ -129,7 +129,7 @@ def test_unknown_runtime(
     make_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["generate", make_bundle(), "x", "-o", tmp_path / "never.png", "--runtime"]
-    assert "runtime 'tpu' is not known; known: coreml, cuda, cuda-bf16, onnx" in fails(capsys, 2, *arguments, "tpu")
+    assert "runtime 'tpu' is not known; known: coreml, cuda" in fails(capsys, 2, *arguments, "tpu")
     assert fails(capsys, 2, *arguments, "openvino").endswith("what fits: onnx, onnx-cuda")
 
 
