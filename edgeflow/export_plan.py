@@ -1,9 +1,9 @@
 """What an export will do and what it will take, from the checkpoint's headers alone. Torch-free.
 
-Bytes on disk are the weights' own; the fused graph's are a little fewer, as it folds the time embedding. Memory
-and time are estimates, linear in the weights and in the arithmetic of Stable Diffusion 1.5's shapes. Memory of
-the reference and of lowering follows what was seen at full size (docs/full-size.md); what a runtime takes is an
-assumption.
+Bytes on disk are the weights' own; the fused graph's are a little fewer, as it folds the time embedding.
+Memory and time are estimates, linear in the weights and in the arithmetic of Stable Diffusion 1.5's shapes.
+Memory of the reference and of lowering follows what was seen at full size (docs/full-size.md); what a runtime
+takes is an assumption.
 """
 
 from __future__ import annotations
