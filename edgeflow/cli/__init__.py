@@ -36,6 +36,7 @@ VERBS = {
 }
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 #: Optional packages a verb may need, and the extra that brings each.
 _EXTRAS = {
@@ -111,7 +112,9 @@ def main(argv: Sequence[str] | None = None, program: click.Command = cli, name: 
         return _fail(f"{error.format_message().rstrip('.')}; see: {path} -h", EXIT_USAGE)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if _Terminated in (type(error), type(error.__cause__)):  # click turns every interrupt into Abort
+            return EXIT_TERMINATED
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         return _reader_left()
@@ -150,12 +153,17 @@ def _reader_left() -> int:
     return EXIT_FAILED
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM. An interrupt because Python itself lets nothing else through everywhere: a signal that arrives
+    while the compiler folds a constant such as 2**64 is forgotten if its handler raises anything else."""
+
+
 @contextlib.contextmanager
 def _terminate_cleanly() -> Iterator[None]:
     """SIGTERM unwinds like an exception, so that half-written outputs are removed."""
 
     def stop(signum: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + signum)
+        raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
