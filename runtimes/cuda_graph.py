@@ -23,6 +23,8 @@ class Captured:
         keeps the fastest; else it trusts its heuristics.
 
         Raises RuntimeFailure where the function cannot be captured: it is then not run another way."""
+        # The graph reads weights where they lay when it was captured, and keeps none of them alive.
+        self._function = function
         self._inputs = [t.clone() for t in examples]
         try:
             stream = torch.cuda.Stream()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ from edgeflow.gpu_device import AttentionShape  # noqa: E402
 from edgeflow.gpu_rewrites import REWRITES  # noqa: E402
 from edgeflow.metrics import psnr_db, sqnr_db  # noqa: E402
 from edgeflow.runtimes.cuda_compile import CompiledCheckpoint, How  # noqa: E402
+from edgeflow.runtimes.cuda_graph import Captured  # noqa: E402
 from edgeflow.runtimes.cuda_reference import CudaBfloat16, CudaReference  # noqa: E402
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
@@ -84,6 +89,29 @@ def test_results_are_not_overwritten(checkpoint: Checkpoint) -> None:
     other = drawn(runtime, checkpoint, 1)
     np.testing.assert_array_equal(first, kept)
     assert not np.array_equal(first, other)
+
+
+def test_a_captured_graph_keeps_its_weights_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph reads weights by address: were they freed, it would read whatever lies there next."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "CUDAGraph": lambda: graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    layer = torch.nn.Linear(4, 4)
+    weight = weakref.ref(layer.weight)
+    captured = Captured(layer, [torch.zeros(1, 4)])
+    del layer
+    gc.collect()
+    assert weight() is not None
+    del captured
+    gc.collect()
+    assert weight() is None
 
 
 def test_a_value_that_is_not_finite_is_refused(checkpoint: Checkpoint) -> None:
