@@ -24,6 +24,12 @@ MADE_FOR = ("device", "compute capability", "torch", "cuda")
 _CHANNELS_LAST = "channels_last"
 
 
+def constants_of(code: str) -> list[str]:
+    """The names of the constants that a package's code asks for; loads the code."""
+    model = torch._inductor.aoti_load_package(code, run_single_threaded=True)
+    return list(model.get_constant_fqns())
+
+
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the constants, each contiguous or channels-last. Raises ValueError for other layouts."""
     stored, last = {}, []

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgeflow import aot_package, gpu_device, gpu_precision, gpu_rewrites
+from edgeflow import aot_package, gpu_device, gpu_precision, gpu_rewrites, worker
 from edgeflow.errors import DeviceMissing, ExportError
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
 from edgeflow.exporters.program import Program
@@ -97,9 +97,10 @@ def _compile(exported: Any, path: Path, spec: GraphSpec) -> None:
 
 
 def _asked_for(path: Path, constants: dict[str, Any], spec: GraphSpec) -> dict[str, Tensor]:
-    """The constants that the code asks for. Raises ExportError where one is not the program's."""
-    model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-    wanted = model.get_constant_fqns()
+    """The constants that the code asks for. Raises ExportError where one is not the program's, RuntimeFailure
+    for code that cannot be loaded: tried in a process of its own, as it may take that process with it."""
+    what = f"export: cuda: {spec.name}: loading the compiled code"
+    wanted = worker.call(what, "edgeflow.aot_package:constants_of", str(path))
     missing = sorted(set(wanted) - set(constants))
     if missing:
         raise ExportError(

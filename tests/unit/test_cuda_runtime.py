@@ -252,6 +252,18 @@ def test_weights_come_back_in_the_layout_of_the_code(tmp_path: Path) -> None:
         aot_package.read_weights(path, "cpu")
 
 
+def test_code_that_takes_its_process_with_it_is_one_sentence(tmp_path: Path) -> None:
+    from edgeflow.exporters import to_cuda
+    from edgeflow.spec import GraphSpec
+
+    path = tmp_path / aot_package.CODE
+    path.write_bytes(b"no archive")
+    with pytest.raises(
+        RuntimeFailure, match=r"^export: cuda: unet: loading the compiled code: its process ended with "
+    ):
+        to_cuda._asked_for(path, {}, GraphSpec("unet", "", (), ()))
+
+
 @pytest.fixture(scope="module")
 def packaged(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for the CPU, whose packaging is the GPU's; its three graphs take Inductor a minute or two."""
