@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from edgeflow import terminal
 from edgeflow.cli.options import (
     CONTEXT,
     example,
@@ -153,7 +154,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print_table(summary: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("style", "licence", *(_right(name) for name in ("train", "test", "left out")))
@@ -166,7 +166,7 @@ def _print_table(summary: dict[str, Any]) -> None:
     table.add_row(
         f"{summary['num_concepts']:,} concepts", "", f"{images['train']:,}", f"{images['test']:,}", ""
     )
-    Console().print(table)
+    terminal.show([table])
 
 
 def _right(header: str) -> Any:
