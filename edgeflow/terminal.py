@@ -2,7 +2,7 @@
 
 What is printed is a sequence of parts: ``rich`` tables (and other renderables) and plain sentences. A
 terminal gets its own width and colours; a pipe gets plain text in which nothing is folded that its reader may
-search for. Texts are printed as they are: no ``[markup]`` and no ``:emoji:`` is read out of a path or a prompt.
+search for. Texts are printed as they are: no ``[markup]`` and no ``:emoji:`` is read out of a path or prompt.
 """
 
 from __future__ import annotations

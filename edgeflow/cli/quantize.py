@@ -46,11 +46,8 @@ if TYPE_CHECKING:
     metavar="METRIC=VALUE",
     help="Find the smallest recipe whose pictures stay this near the float ones: psnr=DB, worst_psnr=DB.",
 )
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(1),
-    metavar="N",
-    help="How many of the model's prompts each layer is measured on.  [default: 4]",
+@options.count_option(
+    "--num-prompts", "How many of the model's prompts each layer is measured on.  [default: 4]"
 )
 @click.option(
     "--search",
@@ -77,14 +74,7 @@ if TYPE_CHECKING:
     help="Prompts to calibrate on: a shipped list or a text file, one a line.  "
     "[default: the list of the model's name]",
 )
-@click.option(
-    "--pictures",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="How many calibration pictures to draw.",
-)
+@options.count_option("--pictures", "How many calibration pictures to draw.", default=64)
 @options.out_option("Folder of the quantized checkpoint.")
 @options.force_option
 @options.json_option

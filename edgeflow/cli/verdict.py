@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeflow.errors import BackendMissing, OutputExistsError
+from edgeflow.errors import OutputExistsError, needs
 from edgeflow.verdict_gates import failures, parse_gates, raise_failures
 from edgeflow.verdict_table import print_verdict
 
@@ -68,13 +68,9 @@ def run_verdict(asked: Asked, progress: Callable[[ExitStack], Any]) -> None:
 
 
 def _judged(asked: Asked, progress: Any) -> Judged:
-    try:
+    with needs("train"):
         from edgeflow.training.run import pick_device
         from edgeflow.training.verdict import Request, judge
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("edgeflow"):
-            raise
-        raise BackendMissing(error.name or "torch", "train") from error
     request = Request(
         models=asked.models,
         against=asked.against,

@@ -6,6 +6,7 @@ The artifacts are read by their own formats' tools: onnx, OpenVINO's IR, and the
 from __future__ import annotations
 
 import collections
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,18 @@ def key(q: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) ->
     return (bits, q.shape, q.astype(np.int8).tobytes(), scale.shape, scale.tobytes(), *zeros)
 
 
+def both_precisions(folder: Path) -> Callable[[str], list[Bundle]]:
+    """backend → the two bundles of the checkpoint ``folder/model``; each backend is exported once."""
+
+    @functools.cache
+    def bundles(backend: str) -> list[Bundle]:
+        model = Checkpoint.open(folder / "model")
+        paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
+        return [Bundle.open(path) for path in paths]
+
+    return bundles
+
+
 @pytest.fixture(scope="module")
 def exported(
     checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
@@ -65,16 +78,7 @@ def exported(
     """backend → its two quantized bundles; each backend is exported once."""
     folder = tmp_path_factory.mktemp("quantized")
     quantize_checkpoint(checkpoint, parse_recipe(RECIPE, "test"), folder / "model")
-    done: dict[str, list[Bundle]] = {}
-
-    def bundles(backend: str) -> list[Bundle]:
-        if backend not in done:
-            model = Checkpoint.open(folder / "model")
-            paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
-            done[backend] = [Bundle.open(path) for path in paths]
-        return done[backend]
-
-    return bundles
+    return both_precisions(folder)
 
 
 def model_of(bundle: Bundle) -> Checkpoint:
@@ -258,16 +262,7 @@ def rounded(
     folder = tmp_path_factory.mktemp("rounded")
     recipe, calibration = calibrated_recipe(checkpoint, parse_recipe(W8A8, "test"), "nearest", "emoji", 4)
     quantize_checkpoint(checkpoint, recipe, folder / "model", calibration=calibration)
-    done: dict[str, list[Bundle]] = {}
-
-    def bundles(backend: str) -> list[Bundle]:
-        if backend not in done:
-            model = Checkpoint.open(folder / "model")
-            paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
-            done[backend] = [Bundle.open(path) for path in paths]
-        return done[backend]
-
-    return bundles
+    return both_precisions(folder)
 
 
 def onnx_grids(path: Path) -> list[tuple[float, int]]:
