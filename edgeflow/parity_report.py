@@ -74,14 +74,6 @@ def check_gates(given: Mapping[str, float]) -> dict[str, float]:
     return dict(given)
 
 
-def limit_of(gap: str, metric: str, precision: str, given: Mapping[str, float]) -> float | None:
-    """The limit in force: the one given, else the starting gate, else None."""
-    for name, limit in given.items():
-        if GATE_NAMES[name] == (gap, metric):
-            return limit
-    return GATES[gap, metric].get(precision)
-
-
 @dataclass(frozen=True)
 class Measurement:
     """One metric of one output over all prompts. What is gated is the worst prompt."""
