@@ -218,7 +218,7 @@ def show(metric: str, value: float | None) -> str:
 def show_gate(m: Measurement) -> str:
     if m.gate is None:
         return "–"
-    return f"≥ {m.gate:g} dB" if METRICS[m.metric][1] else f"≤ {m.gate:g}"
+    return f"≥ {m.gate:.4g} dB" if METRICS[m.metric][1] else f"≤ {m.gate:.4g}"
 
 
 def print_report(report: ParityReport, *, as_json: bool = False) -> None:

@@ -16,7 +16,8 @@ an error.
 prompts, pictures and seed it was calibrated on.
 ``gates`` (optional) is what the quantization gap must hold at the pipeline's picture (``sqnr_db``,
 ``psnr_db``);
-``found_by`` and ``measured`` say where the recipe comes from and are free in form.
+``found_by`` says where the recipe comes from, ``measured`` what a search found on one model; both are free in
+form. The shipped recipes are for any model and say nothing of one.
 """
 
 from __future__ import annotations
