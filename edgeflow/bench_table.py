@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
+from edgeflow import terminal
 from edgeflow.bench import BenchReport, BenchRow, NamedRatio
 from edgeflow.measure_statistics import Summary
+from edgeflow.terminal import Part
 
 _STAGES = {
     "python": "python", "import": "imports", "open": "open and verify", "session": "session",
@@ -15,17 +16,15 @@ _STAGES = {
 
 
 def print_bench(report: BenchReport, *, as_json: bool = False) -> None:
-    """The report on stdout: JSON, or text (coloured in a terminal)."""
-    import click
+    """The report on stdout: JSON, or text."""
+    terminal.print_report(report, _parts(report), as_json=as_json)
 
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-        return
-    coloured = sys.stdout.isatty()
+
+def _parts(report: BenchReport) -> Iterator[Part]:
+    from rich.text import Text
+
     for line in lines(report):
-        if coloured and line.startswith(("Benchmark", "Summary", "Machine")):
-            line = click.style(line, bold=True)
-        click.echo(line)
+        yield Text(line, "bold" if line.startswith(("Benchmark", "Summary", "Machine")) else "")
 
 
 def lines(report: BenchReport) -> Iterator[str]:

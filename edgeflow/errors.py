@@ -6,7 +6,8 @@ A message is one sentence: ``what: where: expected, got; known: …``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -81,6 +82,17 @@ class BackendMissing(EdgeflowError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"{package} is not installed; install it with: pip install 'edgeflow[{extra}]'")
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of what an extra brings: a missing package is BackendMissing, with the pip line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("edgeflow"):
+            raise
+        raise BackendMissing(error.name or extra, extra) from error
 
 
 class DeviceMissing(EdgeflowError):

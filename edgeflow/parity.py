@@ -27,7 +27,8 @@ from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
 from edgeflow.generate import backend_version, is_fused, load_runtime, run_pipeline
-from edgeflow.parity_quantization import quantization_rows, recipe_gates
+from edgeflow.parity_limits import Limits, limits
+from edgeflow.parity_quantization import quantization_rows
 from edgeflow.parity_reference import (
     CHECKPOINT,
     OUTPUTS,
@@ -49,7 +50,6 @@ from edgeflow.parity_report import (
     ParityReport,
     check_gates,
     judged,
-    limit_of,
     model_row,
     print_report,
 )
@@ -114,7 +114,7 @@ def measure(
     UsageError for more prompts than there are, UnknownNameError, and BackendMissing before anything is
     measured.
     """
-    limits, say = check_gates(gates or {}), progress or (lambda text: None)
+    asked, say = check_gates(gates or {}), progress or (lambda text: None)
     if not bundles:
         raise ValueError("expected at least one bundle")
     opened = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
@@ -130,6 +130,7 @@ def measure(
     rows: list[Measurement] = []
     notes: list[str] = []
     references: dict[tuple[str, tuple[str, ...]], Reference] = {}
+    held_to: dict[tuple[str, tuple[str, ...]], Limits] = {}
     for bundle, label, (checkpoint, reason) in zip(opened, labels(opened), sources, strict=True):
         spec = bundle.generation
         model = (spec.checkpoint_hash, spec.prompts)
@@ -145,12 +146,12 @@ def measure(
         if model not in references:
             references[model] = reference
             say(f"{spec.name}: rewrite")
-            rows += _rewrite(spec, reference, {**recipe_gates(bundle), **limits})
-            rows += quantized(bundle, checkpoint, reference, floats)
-            notes += _notes(spec, reference)
+            lost = quantized(bundle, checkpoint, reference, floats)
+            held_to[model] = limits(asked, bundle.manifest.recipe, lost)
+            rows += [*_rewrite(spec, reference, held_to[model]), *lost]
+            notes += _notes(spec, reference, held_to[model])
         say(f"{label}: {runtime or bundle.manifest.backend}")
-        gates_of = {**recipe_gates(bundle), **limits}
-        rows += _bundle_rows(bundle, label, runtime, reference, gates_of, isolate)
+        rows += _bundle_rows(bundle, label, runtime, reference, held_to[model], isolate)
     return ParityReport(tuple(rows), _versions(rows), tuple(notes))
 
 
@@ -168,7 +169,7 @@ def labels(bundles: Iterable[Bundle]) -> list[str]:
 # --- gaps -----------------------------------------------------------------------------------------------
 
 
-def _rewrite(spec: GenerationSpec, reference: Reference, gates: Mapping[str, float]) -> list[Measurement]:
+def _rewrite(spec: GenerationSpec, reference: Reference, held_to: Limits) -> list[Measurement]:
     """Original ↔ export-ready, per component; a row that says so where the originals are not there."""
     blank = model_row(REWRITE, spec, reference.prompts, reference.reason)
     if reference.against != CHECKPOINT:
@@ -179,7 +180,7 @@ def _rewrite(spec: GenerationSpec, reference: Reference, gates: Mapping[str, flo
         for metric in ("sqnr_db", "max_abs"):
             pairs = zip(original, reference.samples, strict=True)
             values = tuple(_METRICS[metric](array, sample.output(graph)) for array, sample in pairs)
-            gate = limit_of(REWRITE, metric, "fp32", gates)
+            gate = held_to.of(REWRITE, graph, metric, "fp32")
             row = replace(blank, component=graph, against=CHECKPOINT, metric=metric, gate=gate, values=values)
             rows.append(replace(row, status=judged(row), reason=None))
     return rows
@@ -200,7 +201,7 @@ def _bundle_rows(
     label: str,
     runtime: str | None,
     reference: Reference,
-    gates: Mapping[str, float],
+    held_to: Limits,
     isolate: bool,
 ) -> list[Measurement]:
     """Lowering for each graph, then end to end. A runtime that fails is a failed row; the rest goes on."""
@@ -217,7 +218,7 @@ def _bundle_rows(
             component=graph,
             against=reference.against,
             metric=metric,
-            gate=limit_of(gap, metric, precision, gates),
+            gate=held_to.of(gap, graph, metric, precision),
             prompts=reference.prompts,
             values=(),
             status=FAIL,
@@ -283,12 +284,19 @@ class _Drawn:
 # --- what the report says besides -----------------------------------------------------------------------
 
 
-def _notes(spec: GenerationSpec, reference: Reference) -> list[str]:
+def _notes(spec: GenerationSpec, reference: Reference, held_to: Limits) -> list[str]:
+    notes = []
+    if unlimited := sorted({graph for (graph, _), limit in held_to.rounded.items() if limit is None}):
+        notes.append(
+            f"{spec.name}: inputs of layers are rounded, and how much that costs was not measured: "
+            f"{', '.join(unlimited)} not gated"
+        )
     if reference.against == CHECKPOINT:
-        return []
+        return notes
     return [
+        *notes,
         f"{spec.name}: {reference.reason}: measured against each bundle's own {reference.against} "
-        "(export-ready modules, eager fp32, as they were when it was exported); the rewrite is not measured"
+        "(export-ready modules, eager fp32, as they were when it was exported); the rewrite is not measured",
     ]
 
 

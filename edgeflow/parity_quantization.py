@@ -6,7 +6,7 @@ is fed ids and noise, and its picture is what a recipe's own gates limit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import CheckpointError, EdgeflowError
 from edgeflow.parity_reference import OUTPUTS, Reference, is_local
 from edgeflow.parity_report import QUANTIZATION, Measurement, judged, model_row
-from edgeflow.quantization.recipe import BUNDLE_GATES
+from edgeflow.quantization.recipe import rounded_components
 from edgeflow.spec import COMPONENTS, PIPELINE
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def quantization_rows(
     bundle: Bundle, checkpoint: Checkpoint | None, reference: Reference, given: Checkpoint | None
 ) -> list[Measurement]:
     """SQNR of every component and PSNR of the picture, once a model; nothing for a bundle without a recipe.
+
+    Max abs too of what rounded activations reach: parity's other limits follow from it (parity_limits).
 
     ``checkpoint`` is the one the bundle was exported from, ``given`` the float one where it was named; by
     default it is the source that the checkpoint names, if that is there, else one row says why it is not.
@@ -48,7 +50,7 @@ def quantization_rows(
     rows = []
     for graph in (*COMPONENTS, PIPELINE):
         outputs = _outputs(components[graph], graph, reference, spec.timestep)
-        for metric in ("sqnr_db", "psnr_db") if graph == PIPELINE else ("sqnr_db",):
+        for metric in _metrics(graph, rounded_components(recipe)):
             gate = recipe.get("gates", {}).get(metric) if graph == PIPELINE else None
             pairs = zip(outputs, reference.samples, strict=True)
             values = tuple(_compare(metric, floats, sample.output(graph)) for floats, sample in pairs)
@@ -59,10 +61,10 @@ def quantization_rows(
     return rows
 
 
-def recipe_gates(bundle: Bundle) -> dict[str, float]:
-    """Limits of a bundle's own gaps that its recipe sets instead of the starting ones."""
-    gates = (bundle.manifest.recipe or {}).get("gates", {})
-    return {name: limit for name, limit in gates.items() if name in BUNDLE_GATES}
+def _metrics(graph: str, rounded: Sequence[str]) -> list[str]:
+    picture = ["psnr_db"] if graph == PIPELINE else []
+    reached = ["max_abs"] if rounded and graph in (*rounded, PIPELINE) else []
+    return ["sqnr_db", *picture, *reached]
 
 
 def _outputs(component: Component, graph: str, reference: Reference, timestep: float) -> list[Any]:
@@ -72,7 +74,7 @@ def _outputs(component: Component, graph: str, reference: Reference, timestep: f
 def _compare(metric: str, floats: Any, quantized: Any) -> float:
     if metric == "psnr_db":
         return metrics.psnr_db(floats, quantized, peak=1.0)
-    return metrics.sqnr_db(floats, quantized)
+    return metrics.max_abs(floats, quantized) if metric == "max_abs" else metrics.sqnr_db(floats, quantized)
 
 
 def _source(

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgeflow import terminal
 from edgeflow.errors import GateFailed, UnknownNameError, UsageError
 from edgeflow.spec import GenerationSpec
+from edgeflow.terminal import Part
 
 SCHEMA = 1
 REWRITE, LOWERING, QUANTIZATION, END_TO_END = "rewrite", "lowering", "quantization", "end_to_end"
@@ -71,14 +72,6 @@ def check_gates(given: Mapping[str, float]) -> dict[str, float]:
         if name not in GATE_NAMES:
             raise UnknownNameError("gate", name, GATE_NAMES)
     return dict(given)
-
-
-def limit_of(gap: str, metric: str, precision: str, given: Mapping[str, float]) -> float | None:
-    """The limit in force: the one given, else the starting gate, else None."""
-    for name, limit in given.items():
-        if GATE_NAMES[name] == (gap, metric):
-            return limit
-    return GATES[gap, metric].get(precision)
 
 
 @dataclass(frozen=True)
@@ -186,10 +179,11 @@ class ParityReport:
             "failures": list(self.failures),
             "notes": list(self.notes),
             "versions": dict(sorted(self.versions.items())),
-            "measurements": [
-                _as_json({**asdict(m), "worst": m.worst, "median": m.median}) for m in self.measurements
-            ],
+            "measurements": [m.as_dict() for m in self.measurements],
         }
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def check(self) -> None:
         """Raise GateFailed naming every failure, if there is one. Call it once the report is printed."""
@@ -224,51 +218,29 @@ def show(metric: str, value: float | None) -> str:
 def show_gate(m: Measurement) -> str:
     if m.gate is None:
         return "–"
-    return f"≥ {m.gate:g} dB" if METRICS[m.metric][1] else f"≤ {m.gate:g}"
+    return f"≥ {m.gate:.4g} dB" if METRICS[m.metric][1] else f"≤ {m.gate:.4g}"
 
 
 def print_report(report: ParityReport, *, as_json: bool = False) -> None:
-    """The report on stdout: JSON, or the table in the terminal's width and colours (plain in a pipe)."""
-    import click
-
-    if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        _print(report, Console(highlight=False))
-    else:
-        click.echo(render(report), nl=False)
+    """The report on stdout: JSON, or the table, its notes and the count of each verdict."""
+    terminal.print_report(report, _parts(report), as_json=as_json)
 
 
 def render(report: ParityReport) -> str:
     """The table, its notes and the count of each verdict as plain text, no line wrapped."""
-    from rich.console import Console
-
-    console = Console(width=240, force_terminal=False, color_system=None, highlight=False)
-    with console.capture() as capture:
-        _print(report, console)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+    return terminal.plain(_parts(report))
 
 
-def _print(report: ParityReport, console: Any) -> None:
-    console.print(table(report))
-    for line in [*report.notes, summary(report)]:
-        console.print(line, markup=False, soft_wrap=True)
+def _parts(report: ParityReport) -> list[Part]:
+    return [table(report), *report.notes, summary(report)]
 
 
-def table(report: ParityReport) -> Any:
+def table(report: ParityReport) -> Part:
     """The measurements as a ``rich`` table, in the order of the report, a rule between bundles."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     styles = {PASS: "green", FAIL: "bold red"}
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("Bundle", "Runtime", "Gap", "Component", "Metric"):
-        grid.add_column(name, overflow="fold")
-    for name in ("Worst", "Median", "Gate"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    grid = terminal.table(["Bundle", "Runtime", "Gap", "Component", "Metric"], ["Worst", "Median", "Gate"])
     grid.add_column("Verdict", overflow="fold")
     rows = report.measurements
     for m, after in zip(rows, [*rows[1:], None], strict=True):
@@ -282,9 +254,7 @@ def table(report: ParityReport) -> Any:
         )
         figures = (show(m.metric, m.worst), show(m.metric, m.median), show_gate(m))
         last = after is not None and after.bundle != m.bundle
-        grid.add_row(
-            *map(Text, (*cells, *figures)), Text(verdict, styles.get(m.status, "yellow")), end_section=last
-        )
+        grid.add_row(*cells, *figures, Text(verdict, styles.get(m.status, "yellow")), end_section=last)
     return grid
 
 

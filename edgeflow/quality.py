@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from edgeflow import terminal
+from edgeflow.terminal import Part
 
 SCHEMA = 1
 
@@ -148,53 +150,29 @@ def _figures(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def print_report(report: QualityReport, *, as_json: bool = False) -> None:
-    """The report on stdout: JSON, or the table in the terminal's width and colours (plain in a pipe)."""
-    import click
-
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        _print(report, Console(highlight=False))
-    else:
-        click.echo(render(report), nl=False)
+    """The report on stdout: JSON, or the tables and notes."""
+    terminal.print_report(report, _parts(report), as_json=as_json)
 
 
 def render(report: QualityReport) -> str:
     """The tables and notes as plain text, no line wrapped."""
-    from rich.console import Console
-
-    console = Console(width=240, force_terminal=False, color_system=None, highlight=False)
-    with console.capture() as capture:
-        _print(report, console)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+    return terminal.plain(_parts(report))
 
 
-def _print(report: QualityReport, console: Any) -> None:
-    for net in report.settings.features:
-        console.print(table(report, net))
-    for line in [*summary(report), *report.notes]:
-        console.print(line, markup=False, soft_wrap=True)
+def _parts(report: QualityReport) -> list[Part]:
+    return [*(table(report, net) for net in report.settings.features), *summary(report), *report.notes]
 
 
-def table(report: QualityReport, net: str) -> Any:
+def table(report: QualityReport, net: str) -> Part:
     """The figures in one network as a ``rich`` table: the floor first, then a line a model."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     suffix = "" if net == report.settings.features[0] else f"@{net}"
     rows = [*report.rows]
     known = set(report.floor) | {k for r in rows for k in r.figures}
     names = [n for n in FIGURES if n + suffix in known and not n.endswith("_std")]
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"features: {net}", title_justify="left")
-    grid.add_column("Model", overflow="fold")
-    for name in names:
-        grid.add_column(_heading(FIGURES[name]), justify="right", no_wrap=True)
+    grid = terminal.table(["Model"], [_heading(FIGURES[n]) for n in names], title=f"features: {net}")
     grid.add_row("real pictures (floor)", *(_cell(report.floor, n, suffix) for n in names), end_section=True)
     for row in rows:
-        grid.add_row(Text(row.label), *(_cell(row.figures, n, suffix) for n in names))
+        grid.add_row(row.label, *(_cell(row.figures, n, suffix) for n in names))
     return grid
 
 

@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from edgeflow import terminal
 from edgeflow.measure import Measured
 from edgeflow.measure_statistics import Ratio, ratio, summarize
+from edgeflow.terminal import Part
 from edgeflow.verdict import VerdictReport, VerdictRow
 
 _FLOAT = ("fp32", "fp16")
@@ -74,22 +76,20 @@ def speed_sentence(row: VerdictRow) -> str | None:
     return f"{row.name}: quantized is {'; '.join(parts)}"
 
 
-def speed_table(report: VerdictReport) -> Any:
+def speed_table(report: VerdictReport) -> Part:
     """A line a model as a ``rich`` table: first picture, load, warm picture, memory, and the ratios."""
-    from rich.text import Text
-
-    from edgeflow.verdict_table import grid
-
-    table = grid(
-        "Model", "runs", "first picture ms", "load ms", "picture ms", "p90", "range", "peak RSS MiB", "MiB",
-        "× fp32", "× fp16", title="speed on this machine",
-    )  # fmt: skip
+    figures = ["first picture ms", "load ms", "picture ms", "p90", "range", "peak RSS MiB", "MiB"]
+    table = terminal.table(
+        ["Model", "runs"],
+        [*figures, *(f"× {precision}" for precision in _FLOAT)],
+        title="speed on this machine",
+    )
     for row in (report.model, *report.rows):
         if row.speed is None:
             continue
         warm = row.speed["warm_ms"]
         table.add_row(
-            Text(row.name),
+            row.name,
             f"{row.runtime} {row.precision}, {row.speed['threads']} threads",
             f"{row.speed['first_picture_ms']['median']:.0f}",
             f"{row.speed['load_ms']['median']:.0f}",

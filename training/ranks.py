@@ -10,7 +10,11 @@ from edgeflow.errors import UsageError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among ``world`` processes that need not know each other otherwise."""
+    """This process's number among ``world`` processes that need not know each other otherwise.
+
+    Not parallel.Processes: that one joins a process group, where each waits for all the others. Drawing pairs
+    only divides shards by number: a process may be killed, or started again alone, while the others go on.
+    """
 
     rank: int = 0
     world: int = 1

@@ -31,6 +31,7 @@ VERBS = {
     "parity": "Measure how close each bundle is to PyTorch.",
     "quality": "Measure how good a model's pictures are.",
     "bench": "Measure how fast a model draws, loads and starts.",
+    "push": "Upload a bundle or a checkpoint to the hub, with a card.",
     "doctor": "Check this machine and its installed versions.",
     "inspect": "Say what a checkpoint or a bundle is.",
 }

@@ -24,32 +24,14 @@ _PATH = click.Path(path_type=Path)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL_OR_BUNDLE...")
 @click.option("--compare", is_flag=True, help="Say how many times as long each takes as the first.")
 @click.option("--runtime", metavar="NAME", help="What runs the models; default: each model's own.")
-@click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the physical cores]"
-)
-@click.option(
-    "--launches",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    metavar="N",
-    help="Processes started for each model.",
-)
-@click.option(
-    "--runs",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Warm pictures in each process.",
-)
-@click.option(
+@options.count_option("--threads", "CPU threads.  [default: the physical cores]")
+@options.count_option("--launches", "Processes started for each model.", default=5)
+@options.count_option("--runs", "Warm pictures in each process.", default=10)
+@options.count_option(
     "--cold",
-    type=click.IntRange(0),
+    "Also time edgeflow generate from the start of the process to the saved PNG, N times.",
+    least=0,
     default=0,
-    show_default=True,
-    metavar="N",
-    help="Also time edgeflow generate from the start of the process to the saved PNG, N times.",
 )
 @click.option("--no-work", is_flag=True, help="Count no arithmetic and measure no matrix rate.")
 @click.option(
@@ -110,8 +92,8 @@ def command(
         found = bench(request, options.spinner(stack))
     if report is not None:
         from edgeflow.bench_page import bench_page
-        from edgeflow.pictures import staged_file
+        from edgeflow.staging import staged_output
 
-        with staged_file(report, force=force) as stage:
+        with staged_output(report, force=force) as stage:
             stage.write_text(bench_page(found, figures), encoding="utf-8")
     print_bench(found, as_json=as_json)

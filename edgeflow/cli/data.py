@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgeflow import terminal
 from edgeflow.cli.options import (
     CONTEXT,
+    bar,
+    count_option,
     example,
     force_option,
     json_option,
     out_option,
     print_json,
     seed_option,
-    show_progress,
     verbosity,
 )
 from edgeflow.errors import OutputExistsError
@@ -39,21 +40,8 @@ def command() -> None:
     epilog=example("edgeflow data emoji -o data/emoji"),
 )
 @out_option("Folder to write: webdataset shards, README.md, dataset.json.")
-@click.option(
-    "--size",
-    type=click.IntRange(8, 1024),
-    default=128,
-    show_default=True,
-    metavar="PIXELS",
-    help="Side of the pictures.",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(1),
-    default=None,
-    metavar="N",
-    help="Only so many concepts (for a quick try).",
-)
+@count_option("--size", "Side of the pictures.", least=8, most=1024, default=128, of="PIXELS")
+@count_option("--limit", "Only so many concepts (for a quick try).")
 @force_option
 @json_option
 @verbosity
@@ -68,8 +56,8 @@ def emoji(out: Path, size: int, limit: int | None, force: bool, as_json: bool) -
     """
     from edgeflow.training.emoji import build_emoji
 
-    with _progress() as progress:
-        made = build_emoji(out, size=size, limit=limit, force=force, progress=progress)
+    with ExitStack() as stack:
+        made = build_emoji(out, size=size, limit=limit, force=force, progress=bar(stack))
     if as_json:
         print_json({"path": str(made.path), **made.summary})
     else:
@@ -89,19 +77,12 @@ def emoji(out: Path, size: int, limit: int | None, force: bool, as_json: bool) -
     is_flag=True,
     help="Also every known concept in every known style that has no picture in any split.",
 )
-@click.option(
-    "--composed-times",
-    type=click.IntRange(1),
-    default=1,
-    metavar="K",
-    help="Each of these on K lines: K times the pairs.",
-)
-@click.option(
+@count_option("--composed-times", "Each of these on K lines: K times the pairs.", default=1, of="K")
+@count_option(
     "--recombined",
-    type=click.IntRange(0),
+    "Also N captions of the beginning of one concept and the end of another.",
+    least=0,
     default=0,
-    metavar="N",
-    help="Also N captions of the beginning of one concept and the end of another.",
 )
 @seed_option
 @force_option
@@ -138,22 +119,7 @@ def captions(
         click.echo(str(out))
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar on stderr, for whichever step is under way; nothing where no bar belongs."""
-    if not show_progress():
-        yield lambda step, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("fetching", total=None)
-        yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total)
-
-
 def _print_table(summary: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("style", "licence", *(_right(name) for name in ("train", "test", "left out")))
@@ -166,7 +132,7 @@ def _print_table(summary: dict[str, Any]) -> None:
     table.add_row(
         f"{summary['num_concepts']:,} concepts", "", f"{images['train']:,}", f"{images['test']:,}", ""
     )
-    Console().print(table)
+    terminal.show([table])
 
 
 def _right(header: str) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeflow import terminal
 from edgeflow.cli import options
 from edgeflow.cli.changes import change_options, opened
 
@@ -149,7 +150,6 @@ def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> Non
     if as_json:
         options.print_json({"bundles": bundles, "parity": report.as_dict() if report else None})
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
@@ -162,17 +162,16 @@ def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> Non
         texts = [str(facts[key]) for key in ("path", "backend", "graph", "precision")]
         texts += [f"{facts['graphs_mib']:.2f}", f"{facts['size_mib']:.2f}"]
         table.add_row(*texts, str(sum(map(len, facts["fp32_ops"].values()))) if _is_half(facts) else "")
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 240  # a pipe's reader gets whole paths
-    console.print(table)
-    for facts in bundles:
-        for graph, ops in facts["fp32_ops"].items():
-            console.print(f"{facts['path']}: {graph}: float32, as float16 would overflow: {', '.join(ops)}")
+    kept = [
+        f"{facts['path']}: {graph}: float32, as float16 would overflow: {', '.join(ops)}"
+        for facts in bundles
+        for graph, ops in facts["fp32_ops"].items()
+    ]
+    terminal.show([table, *kept])
     if report is not None:
         from edgeflow.parity_report import print_report
 
-        console.print()
+        click.echo()
         print_report(report)
 
 

@@ -40,25 +40,16 @@ Job = tuple[str, int]  # prompt, seed
     help="More prompts, one a line, in UTF-8; - is stdin.",
 )
 @options.seed_option
-@click.option(
-    "--count",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="K",
-    help="Pictures per prompt, with the seeds N to N+K-1.",
-)
+@options.count_option("--count", "Pictures per prompt, with the seeds N to N+K-1.", default=1, of="K")
 @click.option("--grid", is_flag=True, help="One contact sheet with captions in place of single files.")
 @click.option(
     "--runtime",
     metavar="NAME",
     help="What runs the model; default: the bundle's own backend, torch for a checkpoint.",
 )
-@click.option(
+@options.count_option(
     "--steps",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Steps for a many-step checkpoint, which the torch runtime can draw; a one-step model needs none.",
+    "Steps for a many-step checkpoint, which the torch runtime can draw; a one-step model needs none.",
 )
 @click.option(
     "--guidance",
@@ -180,9 +171,10 @@ def _write_single(
     generator: Generator, jobs: list[Job], out: Path, force: bool, count: int
 ) -> tuple[list[Path], list[Picture]]:
     """One picture, or the contact sheet of all: a row per prompt where there are several seeds."""
-    from edgeflow.pictures import contact_sheet, save_png, staged_file
+    from edgeflow.pictures import contact_sheet, save_png
+    from edgeflow.staging import staged_output
 
-    with staged_file(out, force=force) as stage:
+    with staged_output(out, force=force) as stage:
         pictures = _draw(generator, jobs)
         if len(pictures) == 1:
             save_png(stage, pictures[0].pixels, pictures[0].facts)

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeflow import terminal
 from edgeflow.cli import options
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-#: Columns of an output that no terminal limits: nothing is folded that a pipe's reader may search for.
-_PIPED_WIDTH = 160
 
 
 @click.command(
@@ -36,14 +34,7 @@ def command(path: str, as_json: bool) -> None:
     if as_json:
         options.print_json(facts)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console.width = _PIPED_WIDTH
-    tables = _bundle_tables(facts) if facts["what"] == "bundle" else _checkpoint_tables(facts)
-    for table in tables:
-        console.print(table)
+    terminal.show(_bundle_tables(facts) if facts["what"] == "bundle" else _checkpoint_tables(facts))
 
 
 def _checkpoint_tables(facts: dict[str, Any]) -> list[Table]:

@@ -3,7 +3,7 @@
 Decorators, each giving the verb one keyword argument:
 
 - ``out_option`` → ``out: Path``; ``force_option`` → ``force: bool``; ``seed_option`` → ``seed: int``;
-  ``json_option`` → ``as_json: bool``.
+  ``json_option`` → ``as_json: bool``; ``count_option(NAME, …)`` → a whole number under that name.
 - ``verbosity`` → no argument: it sets how loud the logger ``edgeflow`` is (-q errors, default also
   warnings and notes, -v also debugging and tracebacks).
 
@@ -93,6 +93,26 @@ def verbosity(function: F) -> F:
     return loud(quiet(function))
 
 
+def count_option(
+    name: str,
+    help: str,
+    *,
+    least: int = 1,
+    most: int | None = None,
+    default: int | None = None,
+    of: str = "N",
+) -> Callable[[F], F]:
+    """``NAME N``, a whole number from ``least`` to ``most``; without it ``default``, which the help shows."""
+    return click.option(
+        name,
+        type=click.IntRange(least, most),
+        default=default,
+        show_default=default is not None,
+        metavar=of,
+        help=help,
+    )
+
+
 def example(*lines: str) -> str:
     """A ``click.command(epilog=…)``: the runnable example that ends every help text."""
     title = "Example:" if len(lines) == 1 else "Examples:"
@@ -137,6 +157,41 @@ def spinner(stack: ExitStack) -> Callable[[str], None]:
     from rich.console import Console
 
     return stack.enter_context(Console(stderr=True).status("opening")).update
+
+
+def bars(stack: ExitStack) -> Callable[[str, int], Callable[[int], None]]:
+    """``begin(name, total)`` draws one more bar on stderr and gives what advances it by a count.
+
+    The bars stay until the stack ends; nothing is drawn where none belong.
+    """
+    if not show_progress():
+        return lambda name, total: lambda done: None
+    drawn = _drawn(stack)
+
+    def begin(name: str, total: int) -> Callable[[int], None]:
+        task = drawn.add_task(name, total=total)
+        return lambda done: drawn.advance(task, done)
+
+    return begin
+
+
+def bar(stack: ExitStack) -> Callable[[str, int, int], None]:
+    """``at(step, done, total)`` moves the one bar on stderr to that step.
+
+    The bar stays until the stack ends; nothing is drawn where none belongs.
+    """
+    if not show_progress():
+        return lambda step, done, total: None
+    drawn = _drawn(stack)
+    task = drawn.add_task("", total=None)
+    return lambda step, done, total: drawn.update(task, description=step, completed=done, total=total)
+
+
+def _drawn(stack: ExitStack) -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return stack.enter_context(Progress(console=Console(stderr=True), transient=True))
 
 
 class _Stderr(logging.Handler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,11 +28,9 @@ from edgeflow.cli import options
     "one that the quantized checkpoint names.",
 )
 @click.option("--runtime", metavar="NAME", help="The runtime to measure; by default the bundle's own.")
-@click.option(
+@options.count_option(
     "--num-prompts",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="How many of the model's prompts to measure, prompt i with seed i.  [default: 4, or all if fewer]",
+    "How many of the model's prompts to measure, prompt i with seed i.  [default: 4, or all if fewer]",
 )
 @click.option(
     "--gate",
@@ -76,14 +73,5 @@ def command(
             gates=limits,
             unquantized=unquantized,
             as_json=as_json,
-            progress=_progress(stack),
+            progress=options.spinner(stack),
         )
-
-
-def _progress(stack: ExitStack) -> Callable[[str], None] | None:
-    """A spinner on stderr that says what is being measured, where there is a terminal to show it."""
-    if not options.show_progress():
-        return None
-    from rich.console import Console
-
-    return stack.enter_context(Console(stderr=True).status("opening")).update

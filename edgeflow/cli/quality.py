@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgeflow.cli import options
-from edgeflow.errors import BackendMissing, UsageError
+from edgeflow.errors import OutputExistsError, UsageError, needs
+from edgeflow.quality import print_report
+from edgeflow.staging import staged_folder
 
 _PATH = click.Path(path_type=Path)
+#: Options of plain measuring alone and of the verdict alone, as they are unless they are given.
+_PLAIN: dict[str, Any] = {
+    "teacher": None,
+    "steps": (),
+    "nfe_curve": False,
+    "per_prompt": 1,
+    "inception": None,
+    "clip": None,
+}
+_VERDICT: dict[str, Any] = {"gates": (), "speed": False, "html": None, "sensitivity": ()}
 
 
 @click.command(
@@ -48,20 +61,8 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Whose captions are the prompts.",
 )
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(4),
-    metavar="N",
-    help="How many captions, drawn by the seed.  [default: all]",
-)
-@click.option(
-    "--per-prompt",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    metavar="K",
-    help="Pictures a caption, each from a seed of its own.",
-)
+@options.count_option("--num-prompts", "How many captions, drawn by the seed.  [default: all]", least=4)
+@options.count_option("--per-prompt", "Pictures a caption, each from a seed of its own.", default=1, of="K")
 @click.option(
     "--inception",
     type=_PATH,
@@ -111,28 +112,7 @@ _PATH = click.Path(path_type=Path)
 @options.force_option
 @options.json_option
 @options.verbosity
-def command(
-    models: tuple[str, ...],
-    data: Path,
-    teacher: str | None,
-    steps: tuple[int, ...],
-    nfe_curve: bool,
-    split: str,
-    num_prompts: int | None,
-    per_prompt: int,
-    inception: Path | None,
-    clip: Path | None,
-    device: str,
-    against: str | None,
-    gates: tuple[str, ...],
-    speed: bool,
-    html: Path | None,
-    sensitivity: tuple[Path, ...],
-    out: Path | None,
-    seed: int,
-    force: bool,
-    as_json: bool,
-) -> None:
+def command(against: str | None, **given: Any) -> None:
     """Measure how good each MODEL's pictures are: a checkpoint, a training run or a bundle.
 
     One picture is drawn for each caption of the split: the (concept, style) pairs that no training saw.
@@ -147,38 +127,53 @@ def command(
 
     Exit codes: 0 done, 1 failed, 2 usage, 3 a gate failed, 4 a package is not installed.
     """
-    from edgeflow.errors import OutputExistsError
-    from edgeflow.quality import print_report
-
-    if against is not None:
-        _refuse_with_against(
-            teacher=teacher, steps=steps, nfe_curve=nfe_curve, inception=inception, clip=clip
-        )
-        from edgeflow.cli.verdict import Asked, run_verdict
-
-        asked = Asked(
-            models=models, against=against, data=data, split=split, num_prompts=num_prompts, seed=seed,
-            device=device, gates=gates, speed=speed, html=html, sensitivity=sensitivity, out=out,
-            force=force, as_json=as_json,
-        )  # fmt: skip
-        run_verdict(asked, _progress)
+    if against is None:
+        _refuse(given, _VERDICT, "expected --against MODEL with it")
+        _measure(**{name: value for name, value in given.items() if name not in _VERDICT})
         return
-    _refuse_without_against(gate=gates, speed=speed, html=html, sensitivity=sensitivity)
+    _refuse(given, _PLAIN, "not with --against, which compares one-step models")
+    from edgeflow.cli.verdict import Asked, run_verdict
+
+    kept = {name: value for name, value in given.items() if name not in _PLAIN}
+    run_verdict(Asked(against=against, **kept), options.bars)
+
+
+def _refuse(given: Mapping[str, Any], names: Mapping[str, Any], reason: str) -> None:
+    """Raises UsageError for the first option of ``names`` that is not what it is unless it is given."""
+    for name, unless_given in names.items():
+        if given[name] != unless_given:
+            raise UsageError(f"--{'gate' if name == 'gates' else name.replace('_', '-')}: {reason}")
+
+
+def _measure(
+    *,
+    models: tuple[str, ...],
+    data: Path,
+    teacher: str | None,
+    steps: tuple[int, ...],
+    nfe_curve: bool,
+    split: str,
+    num_prompts: int | None,
+    per_prompt: int,
+    inception: Path | None,
+    clip: Path | None,
+    device: str,
+    out: Path | None,
+    seed: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Draw, judge, write and print."""
     if out is not None and (out.exists() or out.is_symlink()) and not force:
         raise OutputExistsError(out)  # before an hour's drawing, not after it
-    try:
+    with needs("train"):
         from edgeflow.training.drawing import open_drawers
         from edgeflow.training.evaluate import Request, measure
         from edgeflow.training.quality_sheets import write_outputs
         from edgeflow.training.run import pick_device
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("edgeflow"):
-            raise
-        raise BackendMissing(error.name or "torch", "train") from error
-    drawers = open_drawers(models, steps, nfe_curve=nfe_curve)
     request = Request(
         data=data,
-        drawers=drawers,
+        drawers=open_drawers(models, steps, nfe_curve=nfe_curve),
         teacher=open_drawers([teacher])[0] if teacher else None,
         split=split,
         num_prompts=num_prompts,
@@ -189,40 +184,8 @@ def command(
         device=str(pick_device(device)),
     )
     with ExitStack() as stack:
-        measured = measure(request, _progress(stack))
+        measured = measure(request, options.bars(stack))
     if out is not None:
-        from edgeflow.staging import staged_folder
-
         with staged_folder(out, force=force) as folder:
             write_outputs(folder, measured)
     print_report(measured.report, as_json=as_json)
-
-
-def _refuse_with_against(**given: object) -> None:
-    for name, value in given.items():
-        if value:
-            raise UsageError(
-                f"--{name.replace('_', '-')}: not with --against, which compares one-step models"
-            )
-
-
-def _refuse_without_against(**given: object) -> None:
-    for name, value in given.items():
-        if value:
-            raise UsageError(f"--{name.replace('_', '-')}: expected --against MODEL with it")
-
-
-def _progress(stack: ExitStack) -> Callable[[str, int], Callable[[int], None]]:
-    """A bar a step of the work on stderr, where there is a terminal to show it."""
-    if not options.show_progress():
-        return lambda name, total: lambda done: None
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bars = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
-
-    def begin(name: str, total: int) -> Callable[[int], None]:
-        task = bars.add_task(name, total=total)
-        return lambda done: bars.advance(task, done)
-
-    return begin

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeflow import terminal
 from edgeflow.cli import options
 from edgeflow.errors import OutputExistsError, UsageError
 from edgeflow.staging import staged_folder
@@ -45,11 +46,8 @@ if TYPE_CHECKING:
     metavar="METRIC=VALUE",
     help="Find the smallest recipe whose pictures stay this near the float ones: psnr=DB, worst_psnr=DB.",
 )
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(1),
-    metavar="N",
-    help="How many of the model's prompts each layer is measured on.  [default: 4]",
+@options.count_option(
+    "--num-prompts", "How many of the model's prompts each layer is measured on.  [default: 4]"
 )
 @click.option(
     "--search",
@@ -76,14 +74,7 @@ if TYPE_CHECKING:
     help="Prompts to calibrate on: a shipped list or a text file, one a line.  "
     "[default: the list of the model's name]",
 )
-@click.option(
-    "--pictures",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="How many calibration pictures to draw.",
-)
+@options.count_option("--pictures", "How many calibration pictures to draw.", default=64)
 @options.out_option("Folder of the quantized checkpoint.")
 @options.force_option
 @options.json_option
@@ -180,7 +171,6 @@ def _search(
 
 def _print_curve(found: Found) -> None:
     """Size against quality, the chosen point marked."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, title="PSNR of the picture against the float model, dB", title_justify="left")
@@ -191,7 +181,7 @@ def _print_curve(found: Found) -> None:
         psnr = (p.predicted_psnr_db, p.psnr_db, p.fresh_psnr_db, p.fresh_worst_psnr_db)
         sizes = (f"{p.size_mib:.2f}", f"{p.average_bits:.2f}")
         table.add_row("→" if p.chosen else "", *sizes, *(f"{value:.1f}" for value in psnr))
-    Console(highlight=False, markup=False).print(table)
+    terminal.show([table])
 
 
 def _bytes(checkpoint: object) -> int:
@@ -202,7 +192,6 @@ def _bytes(checkpoint: object) -> int:
 
 def _print(report: QuantizationReport, out: Path, before: int, after: int) -> None:
     """A line for each component and scheme, then what the recipe could not do, then the sizes."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
@@ -214,14 +203,7 @@ def _print(report: QuantizationReport, out: Path, before: int, after: int) -> No
         layers = [layer for layer in report.layers if (layer.component, layer.scheme) == key]
         worst = min(layers, key=lambda x: float("inf") if x.weight_sqnr_db is None else x.weight_sqnr_db)
         sqnr = "–" if worst.weight_sqnr_db is None else f"{worst.weight_sqnr_db:.1f} dB"
-        sizes = (sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers))
-        table.add_row(*key, str(len(layers)), *(f"{n / 1024:.1f}" for n in sizes), sqnr, worst.layer)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 240  # a pipe's reader gets whole lines
-    console.print(table)
-    for note in report.notes:
-        console.print(note)
-    console.print(
-        f"{out}: {before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB after, recipe {report.recipe}"
-    )
+        kib = (sum(x.bytes_before for x in layers) / 1024, sum(x.bytes_after for x in layers) / 1024)
+        table.add_row(*key, str(len(layers)), *(f"{n:.1f}" for n in kib), sqnr, worst.layer)
+    sizes = f"{before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB after"
+    terminal.show([table, *report.notes, f"{out}: {sizes}, recipe {report.recipe}"])

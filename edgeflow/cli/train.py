@@ -17,7 +17,7 @@ from edgeflow.cli.options import (
     print_json,
     verbosity,
 )
-from edgeflow.errors import BackendMissing
+from edgeflow.errors import needs
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -91,13 +91,9 @@ def command(as_json: bool, **options: Any) -> None:
     and continues with --resume, also after it was killed. On several GPUs: torchrun -m edgeflow.cli train …
     Exit codes: 0 done, 1 failed, 2 usage, 4 backend not installed.
     """
-    try:
+    with needs("train"):
         from edgeflow.training.plan import render
         from edgeflow.training.run import Request, plan_stage, run_stage
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("edgeflow"):
-            raise
-        raise BackendMissing(error.name or "torch", "train") from error
     flags = {name: options.pop(name) for name in ("steps", "minutes", "seed")}
     request = Request(flags=flags, **options)
     if request.dry_run:

@@ -15,8 +15,9 @@ an error.
 ``rounding`` (optional) is how the integers were chosen: ``{"method": "nearest"}``, or ``gptq`` with the
 prompts, pictures and seed it was calibrated on.
 ``gates`` (optional) is what the quantization gap must hold at the pipeline's picture (``sqnr_db``,
-``psnr_db``) and, for a recipe that rounds activations, other limits for parity's gates (BUNDLE_GATES);
-``found_by`` and ``measured`` say where the recipe comes from and are free in form.
+``psnr_db``);
+``found_by`` says where the recipe comes from, ``measured`` what a search found on one model; both are free in
+form. The shipped recipes are for any model and say nothing of one.
 """
 
 from __future__ import annotations
@@ -36,9 +37,6 @@ SCHEMA = 1
 RECIPES = Path(__file__).parent / "recipes"
 #: What a recipe's own gates may limit, at the pipeline's picture.
 GATES = ("sqnr_db", "psnr_db")
-#: Parity's gates that a recipe which rounds activations may set: a value that lies between two steps of its
-#: grid goes to one or the other by the last bit of its float, and no two runtimes agree on that bit.
-BUNDLE_GATES = ("rewrite", "rewrite-max-abs", "lowering", "end-to-end")
 #: How integers are chosen: each weight by itself, or so that layers keep outputs (quantization.gptq).
 NEAREST, GPTQ = METHODS = ("nearest", "gptq")
 _KEYS = {"schema", "name", "rules", "rounding", "gates", "found_by", "measured"}
@@ -109,12 +107,9 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
         wrong.append(f"name: expected a text, got {raw.get('name')!r}")
     gates = raw.get("gates", {})
     if not isinstance(gates, dict) or not all(
-        k in (*GATES, *BUNDLE_GATES) and type(v) in (int, float) for k, v in gates.items()
+        k in GATES and type(v) in (int, float) for k, v in gates.items()
     ):
-        known = ", ".join((*GATES, *BUNDLE_GATES))
-        wrong.append(f"gates: expected numbers for some of {known}, got {gates!r}")
-    elif set(gates) & set(BUNDLE_GATES) and not rounds_activations(raw):
-        wrong.append(f"gates: {', '.join(BUNDLE_GATES)}: expected a rule that rounds activations, found none")
+        wrong.append(f"gates: expected numbers for some of {', '.join(GATES)}, got {gates!r}")
     rounding = raw.get("rounding", {"method": NEAREST})
     if not isinstance(rounding, dict) or rounding.get("method") not in METHODS:
         wrong.append(f"rounding: expected a method, one of {', '.join(METHODS)}, got {rounding!r}")
@@ -131,13 +126,20 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
 
 def rounds_activations(raw: Mapping[str, Any] | None) -> bool:
     """Whether some rule of a recipe's JSON, None for no recipe, rounds the inputs of layers."""
+    return bool(rounded_components(raw))
+
+
+def rounded_components(raw: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The components of which some rule of a recipe's JSON, None for no recipe, rounds the layers' inputs."""
     rules = (raw or {}).get("rules")
-    named = (
-        [r.get(k) for r in rules if isinstance(r, dict) for k in ("scheme", "fallback")]
-        if isinstance(rules, list)
-        else []
-    )
-    return any(SCHEMES[name].activations for name in named if isinstance(name, str) and name in SCHEMES)
+    named = {
+        rule.get("component")
+        for rule in (rules if isinstance(rules, list) else ())
+        if isinstance(rule, dict)
+        for name in (rule.get("scheme"), rule.get("fallback"))
+        if isinstance(name, str) and name in SCHEMES and SCHEMES[name].activations
+    }
+    return tuple(component for component in COMPONENTS if component in named)
 
 
 def with_rounding(recipe: Recipe, rounding: Mapping[str, Any]) -> Recipe:

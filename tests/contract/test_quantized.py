@@ -6,6 +6,7 @@ The artifacts are read by their own formats' tools: onnx, OpenVINO's IR, and the
 from __future__ import annotations
 
 import collections
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeflow import parity
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import UsageError
@@ -58,6 +60,18 @@ def key(q: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) ->
     return (bits, q.shape, q.astype(np.int8).tobytes(), scale.shape, scale.tobytes(), *zeros)
 
 
+def both_precisions(folder: Path) -> Callable[[str], list[Bundle]]:
+    """backend → the two bundles of the checkpoint ``folder/model``; each backend is exported once."""
+
+    @functools.cache
+    def bundles(backend: str) -> list[Bundle]:
+        model = Checkpoint.open(folder / "model")
+        paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
+        return [Bundle.open(path) for path in paths]
+
+    return bundles
+
+
 @pytest.fixture(scope="module")
 def exported(
     checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
@@ -65,16 +79,7 @@ def exported(
     """backend → its two quantized bundles; each backend is exported once."""
     folder = tmp_path_factory.mktemp("quantized")
     quantize_checkpoint(checkpoint, parse_recipe(RECIPE, "test"), folder / "model")
-    done: dict[str, list[Bundle]] = {}
-
-    def bundles(backend: str) -> list[Bundle]:
-        if backend not in done:
-            model = Checkpoint.open(folder / "model")
-            paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
-            done[backend] = [Bundle.open(path) for path in paths]
-        return done[backend]
-
-    return bundles
+    return both_precisions(folder)
 
 
 def model_of(bundle: Bundle) -> Checkpoint:
@@ -246,7 +251,6 @@ _SHIPPED = json.loads((RECIPES / "w8a8.json").read_text())
 W8A8: dict[str, Any] = {
     **_SHIPPED,
     "rules": [*_SHIPPED["rules"][:-1], {"component": "decoder", "pattern": "*", "scheme": "w8a8"}],
-    "gates": {"rewrite": 30, "lowering": 30, "end-to-end": 30},
 }
 
 
@@ -258,16 +262,7 @@ def rounded(
     folder = tmp_path_factory.mktemp("rounded")
     recipe, calibration = calibrated_recipe(checkpoint, parse_recipe(W8A8, "test"), "nearest", "emoji", 4)
     quantize_checkpoint(checkpoint, recipe, folder / "model", calibration=calibration)
-    done: dict[str, list[Bundle]] = {}
-
-    def bundles(backend: str) -> list[Bundle]:
-        if backend not in done:
-            model = Checkpoint.open(folder / "model")
-            paths = export_model(model, backends=[backend], precisions=PRECISIONS, out=folder / "bundles")
-            done[backend] = [Bundle.open(path) for path in paths]
-        return done[backend]
-
-    return bundles
+    return both_precisions(folder)
 
 
 def onnx_grids(path: Path) -> list[tuple[float, int]]:
@@ -356,16 +351,78 @@ def test_activations_hold_the_checkpoints_very_grids(backend: str, rounded: Any)
         assert collections.Counter(READ[backend](bundle.root / graph.file)) == stored(model)
 
 
+def lost_by_rounding(report: Any) -> dict[str, float]:
+    """metric → the quantization gap at the picture."""
+    rows = (m for m in report.measurements if m.gap == QUANTIZATION and m.component == "pipeline")
+    return {m.metric: m.worst for m in rows}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rounded_activations_are_the_references_but_for_ties(backend: str, rounded: Any) -> None:
-    """A value between two steps falls by its float's last bit and takes others with it, hence the gate.
+def test_rounded_activations_are_the_references_but_for_ties(
+    backend: str, rounded: Any, checkpoint: Checkpoint
+) -> None:
+    """A value between two steps falls by its float's last bit and takes others with it, hence the limit.
 
     Where none does, fp32 agrees to the last digits; over four prompts at least one is such.
     """
-    report = measure(rounded(backend), against=model_of(rounded(backend)[0]), num_prompts=4)
+    bundles = rounded(backend)
+    report = measure(bundles, against=model_of(bundles[0]), num_prompts=4, unquantized=checkpoint)
+    assert report.passed, render(report)
     lowering = {m.precision: m for m in report.measurements if m.gap == LOWERING}
-    assert [m.status for m in lowering.values()] == [PASS] * 2, render(report)
-    assert lowering["fp32"].gate == 30 and max(lowering["fp32"].values) > 100
+    explained = lost_by_rounding(report)["sqnr_db"] - 20 * np.log10(2)
+    assert lowering["fp32"].gate == pytest.approx(min(60, explained))
+    assert lowering["fp16"].gate == pytest.approx(min(40, explained)) and max(lowering["fp32"].values) > 100
+
+
+@pytest.mark.parametrize("planted_db, status", [(40.0, PASS), (25.0, FAIL)])
+def test_an_error_that_rounding_does_not_explain_fails(
+    planted_db: float, status: str, rounded: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted in the runtime's picture; the quantization gap is about 38 dB, the limit 6 dB below it."""
+    bundle = rounded("onnx")[0]
+    ratio = 10 ** (planted_db / 20)
+
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        picture = parity_run_pipeline(*arguments, **options)
+        noise = np.random.default_rng(0).standard_normal(picture.shape).astype(np.float32)
+        return picture + noise * np.float32(np.linalg.norm(picture) / np.linalg.norm(noise) / ratio)
+
+    parity_run_pipeline = parity.run_pipeline
+    monkeypatch.setattr(parity, "run_pipeline", drawn)
+    report = measure([bundle], against=model_of(bundle), num_prompts=1, unquantized=checkpoint)
+    (lowering,) = (m for m in report.measurements if m.gap == LOWERING)
+    assert lowering.gate is not None and 26 < lowering.gate < 38, render(report)
+    assert lowering.status == status and report.passed == (status == PASS), render(report)
+
+
+def test_one_wrong_pixel_of_a_rewrite_fails_and_what_is_not_rounded_keeps_its_limits(
+    rounded: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = rounded("onnx")[0]
+    original = parity._original
+
+    def wrong(reference: Any, graph: str, sample: Any, spec: Any) -> Any:
+        found = original(reference, graph, sample, spec).copy()
+        if graph == "pipeline":
+            found.flat[0] += 0.5
+        return found
+
+    monkeypatch.setattr(parity, "_original", wrong)
+    report = measure([bundle], against=model_of(bundle), num_prompts=1, unquantized=checkpoint)
+    rewrite = {(m.component, m.metric): m for m in report.measurements if m.gap == "rewrite"}
+    assert rewrite["pipeline", "max_abs"].gate == pytest.approx(2 * lost_by_rounding(report)["max_abs"])
+    assert rewrite["pipeline", "max_abs"].status == FAIL and not report.passed
+    assert [rewrite["text_encoder", m].gate for m in ("sqnr_db", "max_abs")] == [80, 1e-4]
+    assert rewrite["unet", "sqnr_db"].gate < 80 and rewrite["unet", "sqnr_db"].status == PASS
+
+
+def test_without_the_float_checkpoint_what_is_rounded_is_not_gated(rounded: Any) -> None:
+    bundle = rounded("onnx")[0]
+    report = measure([bundle], against=model_of(bundle), num_prompts=1)
+    rows = {(m.gap, m.component, m.metric): m.status for m in report.measurements}
+    assert rows[LOWERING, "pipeline", "sqnr_db"] == rows["rewrite", "unet", "max_abs"] == UNGATED
+    assert rows["rewrite", "text_encoder", "sqnr_db"] == PASS
+    assert "unet" in report.notes[0] and "not gated" in report.notes[0]
 
 
 # --- palettes -------------------------------------------------------------------------------------------
