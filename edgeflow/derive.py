@@ -5,8 +5,7 @@ it. Weights pass through a tensor at a time, in fp32; parts that stay as they ar
 
 - graft (InstaFlow, arXiv 2309.06380; the authors' rf_lora.py): UNet + (fine-tune's UNet − base's UNet), with
   the fine-tune's text encoder, tokenizer and autoencoder.
-- LoRA: W + scale·(alpha/rank)·B·A for the UNet and the text encoder. diffusers reads the file and translates
-  kohya's names; what is added is computed here.
+- LoRA: W + scale·(alpha/rank)·B·A for the UNet and the text encoder (edgeflow.lora).
 - decoder: another autoencoder of known class, with its own latent scale.
 
 What does not match by name or shape is returned by name, never passed over.
@@ -15,7 +14,6 @@ What does not match by name or shape is returned by name, never passed over.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,39 +25,14 @@ from typing import TYPE_CHECKING, Any
 from edgeflow.checkpoint import Checkpoint, from_hub_autoencoder, is_hub_id
 from edgeflow.errors import CheckpointError, UsageError
 from edgeflow.facts import FACTS, SCHEMA, read_json
+from edgeflow.lora import Change, Lora, fuse, read_lora
 from edgeflow.weights import read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    #: A (rank, in, …), B (out, rank, …), alpha/rank.
-    Matrices = tuple[Tensor, Tensor, float]
-
 #: Bytes of one written shard, and so about what a part needs in memory.
 SHARD_BYTES = 2**30
-_STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-#: (tensor name, fp32 tensor) → fp32 tensor.
-Change = Callable[[str, Any], Any]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file and how much of it is added."""
-
-    path: Path
-    scale: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> Lora:
-        """``FILE`` or ``FILE:SCALE``. Raises UsageError for a scale that is no number, or no such file."""
-        name, colon, scale = text.rpartition(":")
-        if not colon or Path(text).is_file():
-            name, scale = text, "1"
-        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", scale):
-            raise UsageError(f"--lora: {text}: expected FILE or FILE:SCALE, got the scale {scale!r}")
-        if not Path(name).is_file() or Path(name).suffix != ".safetensors":
-            raise UsageError(f"--lora: {name}: expected a safetensors file, found none")
-        return cls(Path(name), float(scale))
 
 
 @dataclass(frozen=True)
@@ -117,7 +90,7 @@ def derive(checkpoint: Checkpoint, changes: Changes, out: Path) -> Derived:
         source = checkpoint if part == "unet" else donor
         steps = [graft] if graft and part == "unet" else []
         steps += [
-            _fuse(lora, deltas[part], part, source, unmatched) for lora, deltas in loras if part in deltas
+            fuse(lora, deltas[part], part, source, unmatched) for lora, deltas in loras if part in deltas
         ]
         if part == "vae" and changes.decoder:
             _link(_decoder_files(changes.decoder), out / "vae")
@@ -131,117 +104,6 @@ def derive(checkpoint: Checkpoint, changes: Changes, out: Path) -> Derived:
     made = replace(Checkpoint.open(out), name=checkpoint.name)
     _ = made.generation if made.kind != "autoencoder" else None  # do the parts still fit together?
     return Derived(made, unmatched)
-
-
-# --- LoRA -----------------------------------------------------------------------------------------------
-
-
-def read_lora(lora: Lora) -> dict[str, dict[str, Matrices]]:
-    """Part → module → A, B and alpha/rank, as diffusers reads and names the file's tensors.
-
-    Raises CheckpointError for a truncated file, for DoRA, and for names that diffusers cannot translate.
-    """
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
-
-    odd = sorted(n for n in read_safetensors_header(lora.path) if "dora_scale" in n or "magnitude" in n)
-    if odd:
-        raise CheckpointError(f"lora: {lora.path}: expected a LoRA, got a DoRA (tensor {odd[0]})")
-    try:
-        tensors, alphas, metadata = Mixin.lora_state_dict(
-            str(lora.path), use_safetensors=True, local_files_only=True, return_lora_metadata=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise CheckpointError(f"lora: {lora.path}: expected kohya's or diffusers' names: {reason}") from error
-    strengths = {_peft_name(k.removesuffix(".alpha")): float(v) for k, v in (alphas or {}).items()}
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, half = _split(_peft_name(name), name, lora.path)
-        halves.setdefault(module, {})[half] = tensor.float()
-    found: dict[str, dict[str, Matrices]] = {}
-    strengths = {k.partition(".lora_")[0]: v for k, v in strengths.items()}
-    for module, pair in halves.items():
-        if set(pair) != {"A", "B"}:
-            raise CheckpointError(f"lora: {lora.path}: {module}: expected two matrices, got {sorted(pair)}")
-        part, _, inner = module.partition(".")
-        rank = pair["A"].shape[0]
-        alpha = strengths.get(module) or _stated_alpha(metadata or {}, part, inner, rank)
-        root = (metadata or {}).get(f"{part}.use_rslora")
-        strength = alpha / (rank**0.5 if root else rank)
-        found.setdefault(part, {})[inner.removeprefix("text_model.")] = (pair["A"], pair["B"], strength)
-    return found
-
-
-def _stated_alpha(metadata: dict[str, Any], part: str, module: str, rank: int) -> float:
-    """Alpha as peft's own record in the file has it; the rank, which adds B·A as it is, where it has none."""
-    pattern = metadata.get(f"{part}.alpha_pattern") or {}
-    own = next((v for k, v in pattern.items() if module == k or module.endswith("." + k)), None)
-    return float(own if own is not None else metadata.get(f"{part}.lora_alpha") or rank)
-
-
-def _peft_name(name: str) -> str:
-    """diffusers' older spellings of a LoRA tensor → peft's, by diffusers' own tables."""
-    from diffusers.utils import state_dict_utils as tables
-
-    table = tables.DIFFUSERS_OLD_TO_PEFT if name.startswith("text_encoder") else tables.UNET_TO_DIFFUSERS
-    return str(next(iter(tables.convert_state_dict({name: None}, table))))
-
-
-def _split(name: str, written: str, path: Path) -> tuple[str, str]:
-    """``unet.….to_q.lora_A.weight`` → module and half."""
-    match = re.fullmatch(r"((?:unet|text_encoder)\..+)\.lora_([AB])(?:\.default\w*)?\.weight", name)
-    if not match:
-        raise CheckpointError(
-            f"lora: {path}: tensor {written!r}: expected a matrix of a module of unet or text_encoder"
-        )
-    return match[1], match[2]
-
-
-def _fuse(
-    lora: Lora,
-    deltas: dict[str, Matrices],
-    part: str,
-    source: Checkpoint,
-    unmatched: list[str],
-) -> Change:
-    """Adds scale·(alpha/rank)·B·A to the weights of the modules named; the rest goes to ``unmatched``."""
-    shapes = {
-        _module(name): t.shape for name, t in source.stored_tensors(part).items() if name.endswith("weight")
-    }
-    fitting = {}
-    for module, (a, b, strength) in deltas.items():
-        shape = shapes.get(module)
-        if shape is not None and shape[0] == b.shape[0] and shape[1:2] == tuple(a.shape[1:2]):
-            fitting[module] = (a, b, strength * lora.scale)
-        else:
-            unmatched.append(
-                f"lora {lora.path.name}: {part}.{module}: "
-                + (
-                    "no such module"
-                    if shape is None
-                    else f"expected {shape}, got {tuple(b.shape)} × {tuple(a.shape)}"
-                )
-            )
-    if not fitting:
-        raise CheckpointError(
-            f"lora: {lora.path}: expected modules of {source.name}'s {part}, none of {len(deltas)} matches; "
-            f"the first is {next(iter(deltas))}"
-        )
-
-    def change(name: str, tensor: Tensor) -> Tensor:
-        found = fitting.get(_module(name)) if name.endswith("weight") else None
-        if found is None:
-            return tensor
-        a, b, strength = found
-        delta = b.flatten(1) @ a.flatten(1)  # (out, rank) · (rank, in·kernel)
-        return tensor + strength * delta.reshape(tensor.shape)
-
-    return change
-
-
-def _module(name: str) -> str:
-    """The module of a stored tensor; transformers wrote the prefix text_model. before 5.6."""
-    return name.removeprefix("text_model.").removesuffix(".weight").removesuffix(".bias")
 
 
 # --- graft ----------------------------------------------------------------------------------------------
@@ -297,13 +159,12 @@ def _decoder_files(decoder: str) -> list[Path]:
         raise CheckpointError(
             f"decoder: {folder}: class {name!r} is not known; known: AutoencoderKL, AutoencoderTiny"
         )
-    stem = _STEMS["vae"]
-    for end in ("", ".fp16"):
-        path = folder / f"{stem}{end}.safetensors"
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+    for path in (folder / name for name in names):
         if path.is_file():
             read_safetensors_header(path)
             return [folder / "config.json", path]
-    raise CheckpointError(f"decoder: {folder}: expected weights in {stem}.safetensors, got none")
+    raise CheckpointError(f"decoder: {folder}: expected weights in {names[0]}, got none")
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -315,7 +176,7 @@ def _write_part(source: Checkpoint, part: str, out: Path, steps: list[Change]) -
 
     out.mkdir()
     shutil.copyfile(source.root / part / "config.json", out / "config.json")
-    read, stem = _reader(source, part), _STEMS[part]
+    read, stem = _reader(source, part), source.weight_stem(part)
     weight_map: dict[str, str] = {}
     shard: dict[str, Any] = {}
 

@@ -42,24 +42,25 @@ def layers_of(model: Bundle | Checkpoint, source: Checkpoint | None = None) -> t
 
 def _weight_sqnr(model: Checkpoint, source: Checkpoint, part: str) -> dict[str, float]:
     """Layer → SQNR of its weight in dB: float ↔ what its integers and scales stand for."""
+    import torch
     from safetensors.numpy import load_file
 
     from edgeflow.metrics import sqnr_db
-    from edgeflow.quantization.apply import dequantized, load_integers, torch
+    from edgeflow.quantization.apply import load_integers
+    from edgeflow.quantization.layers import dequantize
 
     floats = {n: t for file in source.weight_files(part) for n, t in load_file(file).items()}
     known = {name.removeprefix("text_model."): tensor for name, tensor in floats.items()}
-    out = {}
+    out, layers = {}, model.quantized_layers(part)
     for name, stored in load_integers(model, part).items():
         weight = known.get(f"{name}.weight")
         if weight is None:
             continue
         tensors = {key: torch.from_numpy(value) for key, value in stored.items()}
-        back = dequantized(
-            tensors["q"],
-            tensors["scale"].float(),
-            tensors.get("zero_point"),
-            model.quantized_layers(part)[name].bits,
-        )
+        if "palette" in tensors:
+            back = tensors["palette"].float()[tensors["q"].long()]
+        else:
+            scale, zero = tensors["scale"].float(), tensors.get("zero_point")
+            back = dequantize(tensors["q"], scale, zero, layers[name].bits)
         out[name] = sqnr_db(weight, back.numpy())
     return out

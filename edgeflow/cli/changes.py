@@ -84,7 +84,8 @@ def opened(model: str | Path, changes: dict[str, Any]) -> Iterator[Checkpoint]:
     Raises what Checkpoint.open and edgeflow.derive.derive raise.
     """
     from edgeflow.checkpoint import Checkpoint
-    from edgeflow.derive import Changes, Lora, derived
+    from edgeflow.derive import Changes, derived
+    from edgeflow.lora import Lora
 
     asked = Changes(
         graft=changes["graft"],

@@ -29,6 +29,7 @@ from edgeflow.quantization.layers import (
     PALETTE,
     SCALE,
     ZERO_POINT,
+    dequantize,
     quantizable_layers,
     replace_weight,
 )
@@ -253,16 +254,9 @@ def _quantized_state(
                 stored |= {INPUT_SCALE: result.input_grid[0].half(), INPUT_ZERO_POINT: result.input_grid[1]}
             state |= {f"{name}.{end}": tensor.contiguous() for end, tensor in stored.items()}
             after = sum(tensor.nbytes for tensor in stored.values())
-            sqnr = metrics.sqnr_db(original.numpy(), dequantized(q, scale, zero, scheme.bits).numpy())
+            sqnr = metrics.sqnr_db(original.numpy(), dequantize(q, scale, zero, scheme.bits).numpy())
         reports.append(LayerReport(component, name, how, tuple(weight.shape), before, after, sqnr))
     return dict(sorted(state.items()))
-
-
-def dequantized(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """The weight that runs: see edgeflow.quantization.layers.dequantize."""
-    from edgeflow.quantization.layers import dequantize
-
-    return dequantize(q, scale, zero, bits)
 
 
 def pack(q: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from edgeflow.checkpoint import Checkpoint  # noqa: E402
 from edgeflow.cli import main  # noqa: E402
 from edgeflow.components import load_components  # noqa: E402
-from edgeflow.derive import Changes, Lora, derive, derived  # noqa: E402
+from edgeflow.derive import Changes, derive, derived  # noqa: E402
 from edgeflow.errors import CheckpointError, UsageError  # noqa: E402
 from edgeflow.loading import load_modules  # noqa: E402
+from edgeflow.lora import Lora  # noqa: E402
 from edgeflow.training.random_checkpoint import build_random_checkpoint  # noqa: E402
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

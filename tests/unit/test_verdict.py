@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import main
 from edgeflow.errors import EdgeflowError
 from edgeflow.quality import Data
@@ -346,3 +347,21 @@ def test_errors(
 def test_gates_need_a_model_to_be_held_against(data: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["quality", "emoji", "--data", str(data), "--gate", "kid=1"]) == 2
     assert "--gate: expected --against MODEL with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["w4g32", "w6"])
+def test_layers_have_the_noise_that_quantizing_reported(
+    recipe: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Read back from what is stored: integers and scales, or a palette."""
+    from edgeflow.quantization.apply import quantize_checkpoint
+    from edgeflow.quantization.recipe import read_recipe
+    from edgeflow.verdict_layers import layers_of
+
+    source = Checkpoint.open(tiny_checkpoint)
+    report = quantize_checkpoint(source, read_recipe(recipe), tmp_path / "model")
+    found = {
+        (x.component, x.layer): x.sqnr_db for x in layers_of(Checkpoint.open(tmp_path / "model"), source)
+    }
+    expected = {(x.component, x.layer): x.weight_sqnr_db for x in report.layers}
+    assert found == pytest.approx(expected, abs=0.05) and len(found) > 50
