@@ -41,9 +41,7 @@ def write_tokenizer(folder: Path) -> None:
     with quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder)
-            models = convert_tokenizer(
-                tokenizer, with_detokenizer=True, max_length=int(tokenizer.model_max_length)
-            )
+            models = convert_tokenizer(tokenizer, with_detokenizer=True, truncation=True)
         except Exception as error:  # it raises bare exceptions
             reason = str(error).strip().splitlines()[0]
             raise ExportError(f"export: openvino: tokenizer: {reason}") from error
