@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgeflow.bench_machine import MatrixRate
-from edgeflow.measure import Configuration, Measured, Plan, cold_starts, measure
+from edgeflow.measure import Measured, Plan, measure
 from edgeflow.measure_child import STAGES
+from edgeflow.measure_process import Configuration, cold_starts
 from edgeflow.measure_statistics import Summary, summarize
 from edgeflow.speed import compare, peak_gpu
 

@@ -1,33 +1,27 @@
 """Speed, loading and memory of models, each configuration in processes of its own. Torch-free.
 
-A process is started for every launch (edgeflow.measure_child), timed from its start to its first picture, and
-then draws in turns with the processes of the other configurations (A B A B …), so that a machine that slows
-down slows all of them. Every launch measures all configurations once; what is compared are launches.
+A process is started for every launch (edgeflow.measure_process), timed from its start to its first picture,
+and then draws in turns with the processes of the other configurations (A B A B …), so that a machine that
+slows down slows all of them. Every launch measures all configurations once; what is compared are launches.
 
 A picture that is not the expected one is an error, never a row.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from edgeflow.bundle import REFERENCE, Bundle
 from edgeflow.checkpoint import Checkpoint
-from edgeflow.errors import EdgeflowError, RuntimeFailure
+from edgeflow.errors import RuntimeFailure
 from edgeflow.generate import open_model
+from edgeflow.measure_process import Configuration, Launch, Process
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,25 +38,6 @@ _PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """What is measured. ``runtime`` None is the model's own; ``threads`` None is what the machine has."""
-
-    model: str
-    runtime: str | None = None
-    threads: int | None = None
-    name: str = ""
-    prompt: str | None = None  # the model's own first prompt
-    seed: int = 0
-    #: The picture (H, W, 3) that prompt and seed must give, to the byte or within REPEAT_PSNR_DB; without it
-    #: a bundle's own first prompt is held against the reference that the bundle carries.
-    expected: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def label(self) -> str:
-        return self.name or (Path(self.model).name or self.model)
-
-
-@dataclass(frozen=True)
 class Plan:
     """How often: ``launches`` processes a configuration, in each ``rounds`` turns of ``runs`` pictures."""
 
@@ -70,32 +45,6 @@ class Plan:
     rounds: int = 4
     runs: int = 3
     parts: int = 0  # runs of the graphs one by one, for models whose runtime has both
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One process: stages before the first picture (ms, see measure_child.STAGES), then warm pictures."""
-
-    stages: Mapping[str, float]
-    rounds: tuple[tuple[float, ...], ...]  # latency of each picture, by turn, ms
-    graphs_ms: Mapping[str, tuple[float, ...]]  # by graph; empty for what has one graph alone
-    peak_rss_mib: float
-    rss_mib: Mapping[str, float]  # after importing, after the first picture
-    peak_gpu_mib: float | None = None
-
-    @property
-    def first_picture_ms(self) -> float:
-        """From the start of the process to its first picture."""
-        return math.fsum(self.stages.values())
-
-    @property
-    def load_ms(self) -> float:
-        """Opening, verifying and creating sessions, without imports and without the first picture."""
-        return math.fsum(self.stages[name] for name in ("open", "session", "tokenizer"))
-
-    @property
-    def warm_ms(self) -> tuple[float, ...]:
-        return tuple(value for turn in self.rounds for value in turn)
 
 
 @dataclass(frozen=True)
@@ -274,112 +223,6 @@ def _reference(bundle: Bundle) -> NDArray[np.uint8]:
     return to_pixels(bundle.reference()["prompt0/pipeline/image"])
 
 
-class Process:
-    """A child that has drawn its first picture and waits. Leaving the context ends it."""
-
-    def __init__(self, job: Mapping[str, Any], configuration: Configuration):
-        self._job, self._configuration = dict(job), configuration
-        self.ready: dict[str, Any] = {}
-
-    def __enter__(self) -> Process:
-        env = dict(os.environ)
-        if self._configuration.threads is not None:
-            env["OMP_NUM_THREADS"] = str(self._configuration.threads)
-        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        spawned = time.monotonic()
-        self._child = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "edgeflow.measure_child",
-                json.dumps({**self._job, "spawned": spawned}),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            encoding="utf-8",
-            env=env,
-        )
-        try:
-            self.ready = self._listen("ready")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._child.poll() is None:
-            self._child.kill()
-        self._child.wait()
-        for stream in (self._child.stdin, self._child.stdout, self._stderr):
-            with contextlib.suppress(BrokenPipeError):
-                _open(stream).close()
-
-    def picture(self) -> NDArray[np.uint8]:
-        """The first picture (H, W, 3)."""
-        import numpy as np
-
-        raw = zlib.decompress(base64.b64decode(self.ready["pixels"]))
-        return np.frombuffer(raw, np.uint8).reshape(self.ready["shape"])
-
-    def order(self, what: str, count: int) -> dict[str, Any]:
-        """``run`` or ``parts``, ``count`` times: the event ``ran``."""
-        self._tell(f"{what} {count}")
-        return self._listen("ran")
-
-    def end(self, turns: Sequence[Mapping[str, Any]], parts: Mapping[str, Any]) -> Launch:
-        """End the process and give all that it measured."""
-        self._tell("end")
-        last = self._listen("ended")
-        return Launch(
-            stages=self.ready["stages"],
-            rounds=tuple(tuple(turn["latency_ms"]) for turn in turns),
-            graphs_ms=_graphs([parts] if parts else turns),
-            peak_rss_mib=last["peak_rss_mib"],
-            rss_mib=self.ready["rss_mib"],
-            peak_gpu_mib=last["peak_gpu_mib"],
-        )
-
-    def _tell(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the child's own words follow, and are the reason
-            _open(self._child.stdin).write(line + "\n")
-            _open(self._child.stdin).flush()
-
-    def _listen(self, expected: str) -> dict[str, Any]:
-        """The next event. Raises what the child says went wrong, with its exit code."""
-        line = _open(self._child.stdout).readline()
-        event: dict[str, Any] = json.loads(line) if line else {"event": "gone"}
-        if event["event"] == expected:
-            return event
-        if event["event"] == "error":
-            failure = RuntimeFailure(event["message"])
-            failure.exit_code = int(event["exit_code"])
-            raise failure
-        raise RuntimeFailure(
-            f"measure: {self._configuration.model}: the process ended with code {self._child.wait()}: "
-            f"{self._last_words()}"
-        )
-
-    def _last_words(self) -> str:
-        self._stderr.seek(0)
-        lines = [line.strip() for line in self._stderr.read().splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
-
-
-def _graphs(events: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
-    """Times by graph, joined over events."""
-    names = list(dict.fromkeys(name for event in events for name in event["graphs_ms"]))
-    return {name: tuple(v for event in events for v in event["graphs_ms"].get(name, ())) for name in names}
-
-
-def _open(stream: IO[str] | None) -> IO[str]:
-    if stream is None:
-        raise EdgeflowError("measure: the child process has no such stream")
-    return stream
-
-
 def configurations(
     models: Sequence[str], *, runtime: str | None = None, threads: int | None = None, seed: int = 0
 ) -> list[Configuration]:
@@ -404,22 +247,3 @@ def distinct_names(sources: Sequence[str], names: Sequence[str] | None = None) -
         if alike:
             made[i] = "/".join(paths[i][-depth:])
     return made
-
-
-def cold_starts(wanted: Configuration, times: int) -> Iterator[float]:
-    """Milliseconds from process start to a saved PNG, by ``edgeflow generate`` itself, ``times`` times."""
-    env = {**os.environ, **({"OMP_NUM_THREADS": str(wanted.threads)} if wanted.threads else {})}
-    prompt = wanted.prompt if wanted.prompt is not None else open_model(wanted.model).generation.prompts[0]
-    asked = [wanted.model, prompt, "--seed", str(wanted.seed)]
-    asked += ["--runtime", wanted.runtime] if wanted.runtime else []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(times):
-            out = Path(folder) / f"{number}.png"
-            argv = [sys.executable, "-P", "-m", "edgeflow.cli", "generate", *asked, "-o", str(out)]
-            start = time.monotonic()
-            done = subprocess.run(argv, capture_output=True, text=True, env=env)
-            elapsed = (time.monotonic() - start) * 1000
-            if done.returncode or not out.is_file():
-                words = done.stderr.strip().splitlines() or ["it said nothing"]
-                raise RuntimeFailure(f"measure: {wanted.model}: edgeflow generate failed: {words[-1]}")
-            yield elapsed

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
-import tempfile
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-
-from edgeflow.errors import EdgeflowError, OutputExistsError, UsageError
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 
@@ -42,32 +37,6 @@ def read_facts(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
         image.load()
         return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-
-
-@contextlib.contextmanager
-def staged_file(out: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary file beside ``out`` that takes its place when the block ends without an exception.
-
-    Raises OutputExistsError when ``out`` is there and ``force`` is off, UsageError when it is a folder,
-    EdgeflowError when the place cannot be written.
-    """
-    if out.is_dir():
-        raise UsageError(f"output {out}: expected the name of a file, got a folder")
-    if (out.exists() or out.is_symlink()) and not force:
-        raise OutputExistsError(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise EdgeflowError(f"output: {out}: expected a writable folder, got: {error.strerror}") from error
-    os.close(handle)
-    stage = Path(name)
-    try:
-        stage.unlink()  # mkstemp's is private; the block writes its own with the usual rights
-        yield stage
-        stage.replace(out)
-    finally:
-        stage.unlink(missing_ok=True)
 
 
 def slug(prompt: str, length: int = 40) -> str:

@@ -1,4 +1,8 @@
-"""Outputs that appear whole or not at all."""
+"""Files and folders that appear whole or not at all.
+
+``staged_folder`` and ``staged_output`` write what a user asked for, and replace nothing without --force.
+``staged_file`` replaces a file of our own while a run goes on, and leaves the old one to whoever is killed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from edgeflow.errors import EdgeflowError, OutputExistsError
+from edgeflow.errors import EdgeflowError, OutputExistsError, UsageError
 
 
 @contextlib.contextmanager
@@ -20,13 +24,7 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     Raises OutputExistsError when ``out`` is there and ``force`` is off, EdgeflowError when the place
     cannot be written. On any exception the temporary folder is removed and ``out`` is untouched.
     """
-    if (out.exists() or out.is_symlink()) and not force:
-        raise OutputExistsError(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise EdgeflowError(f"output: {out}: expected a writable folder, got: {error.strerror}") from error
+    stage = _beside(out, force)
     try:
         stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private; an output is not
         yield stage
@@ -36,8 +34,36 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def staged_output(out: Path, *, force: bool) -> Iterator[Path]:
+    """The path of a file to write, which takes the place of ``out`` when the block ends without an exception.
+
+    Raises OutputExistsError when ``out`` is there and ``force`` is off, UsageError when it is a folder,
+    EdgeflowError when the place cannot be written.
+    """
+    if out.is_dir():
+        raise UsageError(f"output {out}: expected the name of a file, got a folder")
+    folder = _beside(out, force)
+    try:
+        yield folder / out.name
+        (folder / out.name).replace(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(out: Path, force: bool) -> Path:
+    """A new private folder beside ``out``, once it is known that ``out`` may be written."""
+    if (out.exists() or out.is_symlink()) and not force:
+        raise OutputExistsError(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise EdgeflowError(f"output: {out}: expected a writable folder, got: {error.strerror}") from error
+
+
+@contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[IO[Any]]:
-    """A binary file that takes the place of ``path`` once it is complete and on the disk.
+    """An open binary file that takes the place of ``path`` once it is complete and on the disk.
 
     A process that is killed meanwhile leaves ``path`` as it was, and perhaps a file ``.partial`` beside it.
     """

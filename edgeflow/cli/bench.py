@@ -110,8 +110,8 @@ def command(
         found = bench(request, options.spinner(stack))
     if report is not None:
         from edgeflow.bench_page import bench_page
-        from edgeflow.pictures import staged_file
+        from edgeflow.staging import staged_output
 
-        with staged_file(report, force=force) as stage:
+        with staged_output(report, force=force) as stage:
             stage.write_text(bench_page(found, figures), encoding="utf-8")
     print_bench(found, as_json=as_json)

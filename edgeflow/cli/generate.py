@@ -180,9 +180,10 @@ def _write_single(
     generator: Generator, jobs: list[Job], out: Path, force: bool, count: int
 ) -> tuple[list[Path], list[Picture]]:
     """One picture, or the contact sheet of all: a row per prompt where there are several seeds."""
-    from edgeflow.pictures import contact_sheet, save_png, staged_file
+    from edgeflow.pictures import contact_sheet, save_png
+    from edgeflow.staging import staged_output
 
-    with staged_file(out, force=force) as stage:
+    with staged_output(out, force=force) as stage:
         pictures = _draw(generator, jobs)
         if len(pictures) == 1:
             save_png(stage, pictures[0].pixels, pictures[0].facts)

@@ -56,12 +56,12 @@ def run_verdict(asked: Asked, progress: Callable[[ExitStack], Any]) -> None:
         with staged_folder(asked.out, force=asked.force) as folder:
             (folder / "verdict.json").write_text(report.to_json(), encoding="utf-8")
     if asked.html is not None:
-        from edgeflow.pictures import staged_file
+        from edgeflow.staging import staged_output
         from edgeflow.verdict_page import Pictures, verdict_page
 
         pictures = Pictures(judged.seeds, judged.real, judged.model, judged.drawn)
         page = verdict_page(report, pictures, [*sensitivity, *carried_sensitivity(report)])
-        with staged_file(asked.html, force=asked.force) as stage:
+        with staged_output(asked.html, force=asked.force) as stage:
             stage.write_text(page, encoding="utf-8")
     print_verdict(report, as_json=asked.as_json)
     raise_failures(report)
@@ -89,7 +89,8 @@ def _judged(asked: Asked, progress: Any) -> Judged:
 
 def _timed(asked: Asked, judged: Judged, progress: Any) -> Judged:
     """The rows with their speed; each timed picture must be the judged one of the first prompt."""
-    from edgeflow.measure import Configuration, Plan, measure
+    from edgeflow.measure import Plan, measure
+    from edgeflow.measure_process import Configuration
     from edgeflow.speed import speeds
     from edgeflow.training.drawing import open_drawers
 

@@ -17,8 +17,9 @@ from edgeflow.bench_table import lines, sentence
 from edgeflow.cli import main
 from edgeflow.errors import DataError
 from edgeflow.generate import open_model
-from edgeflow.measure import Configuration, Launch, Measured
+from edgeflow.measure import Measured
 from edgeflow.measure_child import STAGES
+from edgeflow.measure_process import Configuration, Launch
 
 # --- synthetic timings -----------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import main
 from edgeflow.errors import CheckpointError, RuntimeFailure, UnknownNameError, UsageError
 from edgeflow.generate import Generator, load_runtime, open_model, run_pipeline, to_pixels
-from edgeflow.pictures import best_columns, contact_sheet, read_facts, slug, staged_file
+from edgeflow.pictures import best_columns, contact_sheet, read_facts, slug
+from edgeflow.staging import staged_output
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -376,10 +377,10 @@ def test_long_captions_stay_inside_their_column() -> None:
     assert (sheet[:, 12 : 12 + 128] < 128).any()
 
 
-def test_a_staged_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
+def test_a_staged_output_leaves_the_old_one_on_failure(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("old")
-    with pytest.raises(RuntimeError), staged_file(path, force=True) as stage:
+    with pytest.raises(RuntimeError), staged_output(path, force=True) as stage:
         stage.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -12,8 +12,9 @@ import pytest
 
 from edgeflow.errors import EdgeflowError, RuntimeFailure
 from edgeflow.generate import Generator
-from edgeflow.measure import Configuration, Plan, Process, cold_starts, distinct_names, measure
+from edgeflow.measure import Plan, distinct_names, measure
 from edgeflow.measure_child import STAGES
+from edgeflow.measure_process import Configuration, Process, cold_starts
 from edgeflow.measure_statistics import quantile, ratio, ratio_of_launches, summarize
 
 # --- statistics on timings that are made up --------------------------------------------------------------
