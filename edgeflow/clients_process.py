@@ -36,7 +36,9 @@ class Client:
         words = (
             log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
         )
-        said = next((line for line in reversed(words) if "rror" in line), "make clients has not made it")
+        said = next(
+            (line for line in reversed(words) if "error" in line.lower()), "make bench-peers has not made it"
+        )
         raise RuntimeFailure(f"{self.title}: no environment {folder}: {said.strip()}")
 
 
