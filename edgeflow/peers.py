@@ -159,7 +159,7 @@ def _negated(checkpoint: Any, work: Path) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
-    folder = work / "negated"
+    folder = work / f"negated-{checkpoint.hash[:12]}"
     names = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     for part, stem in names.items():
         target = folder / part / f"{stem}.safetensors"
