@@ -30,7 +30,7 @@ class OpenVinoExporter:
 
     backend: ClassVar[str] = "openvino"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
-    tools: ClassVar[tuple[str, ...]] = ("openvino",)
+    tools: ClassVar[tuple[str, ...]] = ("openvino", "openvino-tokenizers")
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""

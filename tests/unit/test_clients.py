@@ -132,3 +132,18 @@ def test_the_tokenizer_as_a_graph_gives_clips_ids(tiny_checkpoint: Path, tmp_pat
         padded = np.full(ours.max_length, ours.pad_id)
         padded[: len(ids)] = ids
         assert padded.tolist() == ours.encode(prompt)[0].tolist(), prompt
+
+
+def test_components_without_the_tokenizers_package_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("openvino")
+    import sys
+
+    from edgeflow.errors import BackendMissing
+    from edgeflow.export import plan
+
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    assert len(plan(["openvino"], ["fp32"], ["pipeline"], "float32")) == 1
+    with pytest.raises(BackendMissing, match="openvino_tokenizers is not installed"):
+        plan(["openvino"], ["fp32"], ["components"], "float32")
