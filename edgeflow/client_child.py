@@ -122,6 +122,7 @@ def load_sdcpp(job: dict[str, Any], clock: Any) -> tuple[Draw, str]:
         sampler_rng_type="cpu",
         n_threads=job["threads"],
         wtype=job.get("wtype", "default"),
+        vae_decode_only=True,
         verbose=False,
     )
     size = job["picture_size"]
@@ -134,6 +135,7 @@ def load_sdcpp(job: dict[str, Any], clock: Any) -> tuple[Draw, str]:
             sample_steps=1,
             cfg_scale=1.0,
             sample_method="euler",
+            flow_shift=1.0,
             seed=job["seed"],
         )
         return np.asarray(pictures[0].convert("RGB"))

@@ -4,8 +4,8 @@
 
 ``make bench-peers`` makes the peers' environments first. The model is exported once into ``--work``: ours as
 one graph, the peers' as components, the same integers or floats. A launch starts each configuration's process
-in turn (one at a time: two full-size models need not fit side by side), draws the first picture, one to warm
-up, then those that count; the next launch begins with another configuration. Every picture is held against
+in turn (one at a time: two full-size models need not fit side by side), draws the first picture, ``--warm-up``
+more, then those that count; the next launch begins with another configuration. Every picture is held against
 the reference that the bundles carry. A peer that cannot be installed or cannot draw the picture is a row that
 says why.
 """
@@ -77,6 +77,7 @@ class Asked:
     runs: int
     threads: int
     seconds: float
+    warm_up: int = 1
     only: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
 
@@ -197,12 +198,12 @@ def measure_rows(
                 continue
             say(f"launch {number + 1} of {asked.launches}: {row.title} {row.precision}")
             try:
-                row.launches.append(_launch(row, asked.runs, expected))
+                row.launches.append(_launch(row, asked, expected))
             except EdgeflowError as error:
                 row.why, row.launches = str(error), []
 
 
-def _launch(row: Row, runs: int, expected: NDArray[np.uint8]) -> Launch:
+def _launch(row: Row, asked: Asked, expected: NDArray[np.uint8]) -> Launch:
     from edgeflow.metrics import psnr_db
 
     assert row.start is not None
@@ -216,8 +217,8 @@ def _launch(row: Row, runs: int, expected: NDArray[np.uint8]) -> Launch:
             raise RuntimeFailure(
                 f"{row.title}: drew another picture, {row.psnr_db:.1f} dB from the reference"
             )
-        process.order("run", 1)
-        return process.end([process.order("run", runs)], {})
+        process.order("run", asked.warm_up)
+        return process.end([process.order("run", asked.runs)], {})
 
 
 def reference_picture(rows: Sequence[Row], asked: Asked, work: Path) -> NDArray[np.uint8]:
@@ -298,6 +299,9 @@ def as_dict(rows: Sequence[Row], asked: Asked, facts: dict[str, Any]) -> dict[st
 @click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16"), show_default=True)
 @click.option("--launches", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--warm-up", type=click.IntRange(0), default=1, show_default=True, help="After the first picture."
+)
 @click.option("--threads", type=click.IntRange(1), default=None, help="[default: the physical cores]")
 @click.option("--only", multiple=True, metavar="WORD", help="Rows whose title has the word.")
 @click.option("--also", multiple=True, metavar="BUNDLE", help="Another bundle of ours.")

@@ -48,6 +48,17 @@ def test_the_factor_is_taken_back_by_the_scale_that_clients_divide_by(
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]
 
 
+def test_a_whole_timestep_is_fed_to_a_client_of_integers_and_no_other() -> None:
+    from edgeflow.runtimes import checks
+    from edgeflow.spec import GraphSpec, TensorSpec
+
+    graph = GraphSpec("unet", "unet.xml", (TensorSpec("timestep", (1,), "int64", "timestep"),), ())
+    fed = checks.feed(graph, {"timestep": np.array([1000.0], np.float32)})["timestep"]
+    assert fed.dtype == np.int64 and fed.tolist() == [1000]
+    with pytest.raises(ValueError, match="input timestep: expected int64, got float32"):
+        checks.feed(graph, {"timestep": np.array([999.5], np.float32)})
+
+
 def test_the_shipped_scheduler_follows_a_straight_flow_exactly() -> None:
     from edgeflow.training.rectified_flow_scheduler import RectifiedFlowScheduler
 
