@@ -3,11 +3,10 @@
     python -m edgeflow.peers emoji --launches 3 --runs 5
 
 ``make bench-peers`` makes the peers' environments first. The model is exported once into ``--work``: ours as
-one graph, the peers' as components, the same integers or floats. A launch starts each configuration's process
-in turn (one at a time: two full-size models need not fit side by side), draws the first picture, ``--warm-up``
-more, then those that count; the next launch begins with another configuration. Every picture is held against
-the reference that the bundles carry. A peer that cannot be installed or cannot draw the picture is a row that
-says why.
+one graph, the peers' as components. A launch starts each configuration's process in turn (one at a time: two
+full-size models need not fit side by side), draws the first picture, ``--warm-up`` more, then those that
+count; the next launch begins with another configuration. Every picture is held against the reference that the
+bundles carry. A peer that cannot be installed or cannot draw the picture is a row that says why.
 """
 
 from __future__ import annotations
