@@ -1,6 +1,8 @@
 # make demo    export the built-in model to every backend, compare with PyTorch, draw with each
 # make test    lint, types and tests; what .ci/run runs
-# make clean   remove what the other targets made, but not .venv
+# make clients environments of the ecosystem's clients under .clients, and the tests that open bundles in them
+# make bench-peers  edgeflow beside its peers on PEERS_MODEL; PEERS_FLAGS as in python -m edgeflow.peers -h
+# make clean   remove what the other targets made, but not .venv and .clients
 #
 # PYTHON=python3.12 picks another interpreter; PIP_FLAGS="--extra-index-url …" points pip at a CPU build of torch.
 
@@ -20,7 +22,12 @@ MODEL      := emoji
 DRAW       := $(BIN)/edgeflow generate --prompts-file docs/prompts.txt --grid --force
 SOURCES    := $(shell find edgeflow exporters runtimes -name '*.py' -o -path '*/models/*' -type f)
 
-.PHONY: demo test lint types clean
+CLIENTS     := optimum genai
+PEERS       := $(CLIENTS) sdcpp
+PEERS_MODEL ?= emoji
+PEERS_FLAGS ?= --launches 3 --runs 5
+
+.PHONY: demo test lint types clients bench-peers clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -50,7 +57,20 @@ demo/.exported: $(SOURCES) | .venv/installed-export
 	@touch $@
 
 test: lint types
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow and not clients"
+
+# What pip says goes to .clients/NAME.log; a peer that could not be installed is a row that quotes it.
+.clients/%/installed: tests/clients/requirements-%.txt
+	@rm -rf .clients/$* && mkdir -p .clients && $(PYTHON) -m venv .clients/$*
+	.clients/$*/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -r $< > .clients/$*.log 2>&1
+	@touch $@
+
+clients: .venv/installed-dev $(CLIENTS:%=.clients/%/installed)
+	$(BIN)/python -m pytest -m clients tests/clients
+
+bench-peers: .venv/installed-export
+	-@$(MAKE) --keep-going $(PEERS:%=.clients/%/installed)
+	$(BIN)/python -m edgeflow.peers $(PEERS_MODEL) $(PEERS_FLAGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

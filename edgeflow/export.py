@@ -19,6 +19,7 @@ from edgeflow import __version__, overflow, registry, worker
 from edgeflow import export_tasks as tasks
 from edgeflow.bundle import REFERENCE, TOKENIZER, Manifest, write_bundle_files, write_reference
 from edgeflow.checkpoint import Checkpoint
+from edgeflow.clients import write_client_configs
 from edgeflow.errors import UnknownNameError, UsageError
 from edgeflow.overflow import Range, Wide
 from edgeflow.spec import COMPONENTS, PIPELINE, GraphSpec
@@ -101,6 +102,10 @@ def export_model(
                 wide = overflow.wide_nodes(ranges[name]) if job.precision == "fp16" else Wide()
                 asked = (source, name, job.exporter.backend, stage, job.precision, job.layout, wide)
                 specs.append(run(what, tasks.lower, *asked))
+            _add_tokenizer(job, stage, checkpoint)
+            if hasattr(job.exporter, "finish"):
+                what = f"export: {job.exporter.backend}: tokenizer"
+                run(what, tasks.finish, job.exporter.backend, stage, job.layout)
             _finish_bundle(job, stage, checkpoint, specs, ranges, arrays)
         progress("done")
     return [out / job.name for job in jobs]
@@ -166,6 +171,8 @@ def plan(
                     f"export: backend {exporter.backend}: precision {precision!r} is not available; "
                     f"known: {', '.join(exporter.precisions)}"
                 )
+        for layout in layouts:
+            getattr(exporter, "check", lambda layout: None)(layout)
     return [
         _Job(exporter, precision, layout)
         for exporter in exporters
@@ -210,10 +217,8 @@ def _finish_bundle(
     reference: dict[str, np.ndarray],
 ) -> None:
     """All that a bundle holds besides its graphs."""
-    for file in checkpoint.files("tokenizer"):
-        _copy(file, stage / TOKENIZER / file.name)
     if job.layout == "components":
-        _copy_configs(checkpoint, stage)
+        write_client_configs(checkpoint, stage, job.exporter.backend)
     write_reference(stage / REFERENCE, reference)
     spec = dataclasses.asdict(checkpoint.generation)
     del spec["tokenizer_dir"]
@@ -231,18 +236,10 @@ def _finish_bundle(
     write_bundle_files(stage, manifest)
 
 
-def _copy_configs(checkpoint: Checkpoint, stage: Path) -> None:
-    """The configs that the ecosystem's pipelines read beside the graphs, where they look for them."""
-    places = {
-        "model_index.json": "model_index.json",
-        "scheduler/scheduler_config.json": "scheduler/scheduler_config.json",
-        "text_encoder/config.json": "text_encoder/config.json",
-        "unet/config.json": "unet/config.json",
-        "vae/config.json": "vae_decoder/config.json",
-    }
-    for source, target in places.items():
-        if (checkpoint.root / source).is_file():
-            _copy(checkpoint.root / source, stage / target)
+def _add_tokenizer(job: _Job, stage: Path, checkpoint: Checkpoint) -> None:
+    """The tokenizer, as the checkpoint has it."""
+    for file in checkpoint.files("tokenizer"):
+        _copy(file, stage / TOKENIZER / file.name)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -128,3 +128,8 @@ def lower(
 
     program = replace(source.program(graph), wide=wide)
     return registry.exporter(backend).lower(program, folder, precision=precision, layout=layout)
+
+
+def finish(backend: str, folder: Path, layout: str) -> None:
+    """What a backend's own clients need besides graphs and configs, into the bundle's ``folder``."""
+    registry.exporter(backend).finish(folder, layout)  # type: ignore[attr-defined]

@@ -88,13 +88,7 @@ class Process:
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         spawned = time.monotonic()
         self._child = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "edgeflow.measure_child",
-                json.dumps({**self._job, "spawned": spawned}),
-            ],
+            [*self.command(), json.dumps({**self._job, "spawned": spawned})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -108,6 +102,10 @@ class Process:
             self.__exit__()
             raise
         return self
+
+    def command(self) -> list[str]:
+        """What is run, less the job: this Python with edgeflow's own child."""
+        return [sys.executable, "-P", "-m", "edgeflow.measure_child"]
 
     def __exit__(self, *_: object) -> None:
         if self._child.poll() is None:

@@ -50,7 +50,11 @@ REQUIRES = {
 
 
 class Exporter(Protocol):
-    """Lowers one program into a folder."""
+    """Lowers one program into a folder.
+
+    One whose clients need more than graphs has ``check(layout)``, which raises BackendMissing before any work
+    starts, and ``finish(folder, layout)``, which adds it to a bundle that has its graphs and tokenizer.
+    """
 
     backend: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]

@@ -8,16 +8,21 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import openvino
 
+from edgeflow.bundle import TOKENIZER
 from edgeflow.errors import ExportError
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
 from edgeflow.exporters.openvino_dequantize import convert_quantized
+from edgeflow.exporters.openvino_tokenizer import check_installed, write_tokenizer
 from edgeflow.exporters.program import Program, has_quantized_weights
 from edgeflow.spec import GraphSpec, TensorSpec
+
+COMPONENTS_LAYOUT = "components"
 
 
 class OpenVinoExporter:
@@ -25,7 +30,7 @@ class OpenVinoExporter:
 
     backend: ClassVar[str] = "openvino"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
-    tools: ClassVar[tuple[str, ...]] = ("openvino",)
+    tools: ClassVar[tuple[str, ...]] = ("openvino", "openvino-tokenizers")
 
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
@@ -41,12 +46,24 @@ class OpenVinoExporter:
                 reason = str(error).strip().splitlines()[0]
                 raise ExportError(f"export: openvino: {spec.name}: {reason}") from error
         _make_static(model, spec)
+        if layout == COMPONENTS_LAYOUT:
+            spec = _take_int64(model, spec)
         _name(model, spec)
         path = folder / spec.file
         path.parent.mkdir(parents=True)
         openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
         _unindent(path)
         return spec
+
+    def check(self, layout: str) -> None:
+        """Raises BackendMissing where something is absent that only this layout needs."""
+        if layout == COMPONENTS_LAYOUT:
+            check_installed()
+
+    def finish(self, folder: Path, layout: str) -> None:
+        """What OpenVINO GenAI needs besides the graphs, whose tokenizer it runs as graphs too."""
+        if layout == COMPONENTS_LAYOUT:
+            write_tokenizer(folder / TOKENIZER)
 
 
 @contextlib.contextmanager
@@ -66,6 +83,18 @@ def _no_telemetry() -> Iterator[None]:
 def _unindent(path: Path) -> None:
     """A sixth of the description is white space between tags, which no reader looks at."""
     path.write_text(re.sub(r">\s+<", "><", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _take_int64(model: Any, spec: GraphSpec) -> GraphSpec:
+    """Token ids and the timestep as int64: what GenAI's tokenizer gives and its schedulers feed."""
+    settings = openvino.preprocess.PrePostProcessor(model)
+    inputs = list(spec.inputs)
+    for i, tensor in enumerate(spec.inputs):
+        if tensor.name in ("input_ids", "timestep"):
+            settings.input(i).tensor().set_element_type(openvino.Type.i64)
+            inputs[i] = replace(tensor, dtype="int64")
+    settings.build()
+    return replace(spec, inputs=tuple(inputs))
 
 
 def _make_static(model: Any, spec: GraphSpec) -> None:

@@ -75,6 +75,8 @@ def _cast(graph: GraphSpec, spec: TensorSpec, array: NDArray[Any]) -> NDArray[An
             f"graph {graph.name}: input {spec.name}: expected shape {spec.shape}, got {array.shape}"
         )
     dtype = np.dtype(spec.dtype)
+    if spec.name == "timestep" and dtype.kind == "i" and np.array_equal(array, np.rint(array)):
+        array = array.astype(dtype)  # clients of whole timesteps; 1000.0 is one
     if not np.can_cast(array.dtype, dtype, casting="same_kind"):
         raise ValueError(f"graph {graph.name}: input {spec.name}: expected {spec.dtype}, got {array.dtype}")
     return np.ascontiguousarray(array, dtype=dtype)

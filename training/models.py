@@ -18,6 +18,7 @@ from edgeflow.checkpoint import FACTS, SCHEMA, Checkpoint
 from edgeflow.errors import CheckpointError
 from edgeflow.loading import load_modules, quiet_libraries
 from edgeflow.solvers import scheduler_of
+from edgeflow.training import client_files
 
 
 def dpm_solver() -> DPMSolverMultistepScheduler:
@@ -146,7 +147,11 @@ def save_parts(parts: Parts, folder: Path, facts: dict[str, Any]) -> None:
     parts.vae.save_pretrained(folder / "vae")
     parts.unet.save_pretrained(folder / "unet")
     parts.text_encoder.save_pretrained(folder / "text_encoder")
-    dpm_solver().save_pretrained(folder / "scheduler")
+    is_flow = facts["kind"] != "diffusion"
+    if is_flow:
+        client_files.ship_scheduler(folder)
+    else:
+        dpm_solver().save_pretrained(folder / "scheduler")
     _finish(folder)
     target = folder / "tokenizer"
     target.mkdir()
@@ -157,13 +162,12 @@ def save_parts(parts: Parts, folder: Path, facts: dict[str, Any]) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "scheduler": client_files.SCHEDULER if is_flow else ["diffusers", "DPMSolverMultistepScheduler"],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
-    name = "StableDiffusionPipeline" if facts["kind"] == "diffusion" else "RectifiedFlowPipeline"
-    _write_index(folder, name, index, facts)
+    _write_index(folder, client_files.PIPELINE_CLASS, index, facts)
 
 
 def _finish(folder: Path) -> None:

@@ -188,6 +188,11 @@ def test_components_carry_the_names_that_clients_look_for(
     assert found == CLIENTS[backend]
     for name in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json"):
         assert (bundle.root / name).is_file()
+    dtypes = {t.key: t.dtype for g in bundle.manifest.graphs for t in g.inputs}
+    whole = ("int64", "int64") if backend == "openvino" else ("int32", "float32")
+    assert (dtypes["input_ids"], dtypes["timestep"]) == whole
+    for name in ("vocab.json", "merges.txt"):  # Apple's package looks for them beside the models
+        assert (bundle.root / name).is_file() == (backend == "coreml")
 
 
 def test_lowering_is_numerically_right(bundle: Bundle, components: dict[str, Component]) -> None:
