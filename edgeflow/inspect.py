@@ -113,4 +113,5 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "files": {name: dataclasses.asdict(entry) for name, entry in manifest.files.items()},
         "versions": manifest.versions,
         "recipe": manifest.recipe,
+        "settings": manifest.settings,
     }

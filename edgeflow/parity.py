@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflow import __version__, metrics, parity_isolated, registry, worker
+from edgeflow.apple import FUSED
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
@@ -129,10 +130,11 @@ def measure(
         quantized = partial(worker.call, "parity", "edgeflow.parity_quantization:quantization_rows")
     rows: list[Measurement] = []
     notes: list[str] = []
-    references: dict[tuple[str, tuple[str, ...]], Reference] = {}
+    references: dict[tuple[str, tuple[str, ...], str], Reference] = {}
     for bundle, label, (checkpoint, reason) in zip(opened, labels(opened), sources, strict=True):
         spec = bundle.generation
-        model = (spec.checkpoint_hash, spec.prompts)
+        attention = bundle.manifest.settings.get("attention", FUSED)
+        model = (spec.checkpoint_hash, spec.prompts, attention)
         reference = references.get(model)
         if checkpoint is None:
             reference = reference_from_bundle(bundle, num_prompts, reason)
@@ -141,13 +143,14 @@ def measure(
             if isolate:
                 reference = parity_isolated.isolated_reference(checkpoint, bundle, num_prompts)
             else:
-                reference = reference_from_checkpoint(checkpoint, spec.prompts, num_prompts)
+                reference = reference_from_checkpoint(checkpoint, spec.prompts, num_prompts, attention)
         if model not in references:
+            known = any(key[:2] == model[:2] for key in references)
             references[model] = reference
             say(f"{spec.name}: rewrite")
-            rows += _rewrite(spec, reference, {**recipe_gates(bundle), **limits})
-            rows += quantized(bundle, checkpoint, reference, floats)
-            notes += _notes(spec, reference)
+            rows += _rewrite(spec, reference, {**recipe_gates(bundle), **limits}, attention)
+            rows += [] if known else quantized(bundle, checkpoint, reference, floats)
+            notes += [] if known else _notes(spec, reference)
         say(f"{label}: {runtime or bundle.manifest.backend}")
         gates_of = {**recipe_gates(bundle), **limits}
         rows += _bundle_rows(bundle, label, runtime, reference, gates_of, isolate)
@@ -168,9 +171,16 @@ def labels(bundles: Iterable[Bundle]) -> list[str]:
 # --- gaps -----------------------------------------------------------------------------------------------
 
 
-def _rewrite(spec: GenerationSpec, reference: Reference, gates: Mapping[str, float]) -> list[Measurement]:
-    """Original ↔ export-ready, per component; a row that says so where the originals are not there."""
+def _rewrite(
+    spec: GenerationSpec, reference: Reference, gates: Mapping[str, float], attention: str
+) -> list[Measurement]:
+    """Original ↔ export-ready, per component; a row that says so where the originals are not there.
+
+    Export-ready modules in the Neural Engine's layout are another rewrite, with rows under another name.
+    """
     blank = model_row(REWRITE, spec, reference.prompts, reference.reason)
+    if attention != FUSED:
+        blank = replace(blank, model=f"{spec.name}, {attention}")
     if reference.against != CHECKPOINT:
         return [blank]
     rows = []

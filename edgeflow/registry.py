@@ -79,9 +79,12 @@ class Runtime(Protocol):
         """
 
 
-def exporter(name: str) -> Exporter:
-    """The exporter called ``name``. Raises UnknownNameError, or BackendMissing with the pip line."""
-    return _resolve("exporter", name, EXPORTERS, "export")()
+def exporter(name: str, **settings: Any) -> Exporter:
+    """The exporter called ``name``, made with its own settings (edgeflow.apple has Core ML's).
+
+    Raises UnknownNameError, or BackendMissing with the pip line.
+    """
+    return _resolve("exporter", name, EXPORTERS, "export")(**settings)
 
 
 def runtime(name: str) -> type[Runtime]:

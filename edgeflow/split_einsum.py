@@ -12,7 +12,7 @@ blocks are convolutions already. A linear layer of integers keeps its integers: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,15 +100,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
     ``mask`` (1, T, 1, S) is added to the logits.
     """
     width = q.shape[1] // heads
-    keys = k.transpose(1, 3).split(width, dim=3)  # (B, T, 1, d) each
-    values = v.split(width, dim=1)
-    chunks = []
-    for begin in range(0, q.shape[3], QUERIES):
-        queries = q[..., begin : begin + QUERIES] * width**-0.5
-        part = None if mask is None else mask[..., begin : begin + QUERIES]
-        made = [_head(*parts, part) for parts in zip(queries.split(width, dim=1), keys, values, strict=True)]
-        chunks.append(torch.cat(made, dim=1))
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=3)
+    keys = _parts(k.transpose(1, 3), width, 3)  # (B, T, 1, d) each
+    values = _parts(v, width, 1)
+    chunks = _parts(q * width**-0.5, QUERIES, 3)
+    masks = [None] * len(chunks) if mask is None else _parts(mask, QUERIES, 3)
+    made = []
+    for queries, part in zip(chunks, masks, strict=True):
+        of_head = zip(_parts(queries, width, 1), keys, values, strict=True)
+        made.append(_joined([_head(*head, part) for head in of_head], 1))
+    return _joined(made, 3)
+
+
+def _parts(x: Tensor, size: int, dim: int) -> Sequence[Tensor]:
+    """Parts of ``size`` and what is left; coremltools takes no split that splits nothing."""
+    return (x,) if x.shape[dim] <= size else x.split(size, dim)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

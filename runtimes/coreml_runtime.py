@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -57,12 +58,40 @@ class CoreMLRuntime:
 
 
 def _open(bundle: Bundle, graph: GraphSpec) -> Engine:
+    if graph.chunks:
+        return _Chunks(bundle, graph)
     path = inside(bundle.root, graph.file)
     if sys.platform == "darwin":
         return _Framework(path)
     interpreter = MilInterpreter.open(path)
     checks.expect_keys(CoreMLRuntime.name, graph, interpreter.inputs, interpreter.outputs)
     return interpreter
+
+
+class _Chunks:
+    """Packages that run one after the other; each takes, by name, from the inputs and what came before."""
+
+    def __init__(self, bundle: Bundle, graph: GraphSpec):
+        paths = [inside(bundle.root, file) for file in graph.chunks]
+        self._parts: list[Any] = [
+            _Framework(path) if sys.platform == "darwin" else MilInterpreter.open(path) for path in paths
+        ]
+        self._outputs = [t.key for t in graph.outputs]
+        if sys.platform != "darwin":
+            made: set[str] = set()
+            for part in self._parts:
+                taken = [name for name in part.inputs if name not in made]
+                known = replace(graph, inputs=tuple(t for t in graph.inputs if t.key in taken), outputs=())
+                checks.expect_keys(CoreMLRuntime.name, known, taken, ())
+                made |= set(part.outputs)
+            ends = replace(graph, inputs=())
+            checks.expect_keys(CoreMLRuntime.name, ends, (), self._parts[-1].outputs)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        values = dict(inputs)
+        for part in self._parts:
+            values |= part.run({name: values[name] for name in part.inputs})
+        return {name: values[name] for name in self._outputs}
 
 
 class _Framework:
@@ -78,6 +107,7 @@ class _Framework:
         except Exception as error:  # coremltools passes Objective-C failures on under several classes
             reason = checks.one_line(error)
             raise RuntimeFailure(f"runtime coreml: {path}: could not be loaded: {reason}") from error
+        self.inputs = [value.name for value in self._model.get_spec().description.input]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         from edgeflow.errors import RuntimeFailure

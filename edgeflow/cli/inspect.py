@@ -77,6 +77,7 @@ def _bundle_tables(facts: dict[str, Any]) -> list[Table]:
         "backend": facts["backend"],
         "precision": facts["precision"],
         "layout": facts["layout"],
+        **facts["settings"],
         "model": model.get("name"),
         "picture": _picture(model),
         "latent": _latent(model),
@@ -94,7 +95,8 @@ def _bundle_tables(facts: dict[str, Any]) -> list[Table]:
     for graph in facts["graphs"]:
         tensors = [("in", t) for t in graph["inputs"]] + [("out", t) for t in graph["outputs"]]
         for i, (way, t) in enumerate(tensors):
-            first = (graph["name"], graph["file"]) if i == 0 else ("", "")
+            files = " + ".join(graph["chunks"]) or graph["file"]
+            first = (graph["name"], files) if i == 0 else ("", "")
             graphs.add_row(*first, way, t["name"], _shape(t["shape"]), t["dtype"], t["key"])
         graphs.add_section()
     files = _table("file", "size", "sha256", right=("size",))
