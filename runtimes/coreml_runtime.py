@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
+from edgeflow.fusions import Operations, composite, kinds_of
 from edgeflow.runtimes import checks
+from edgeflow.runtimes.mil_reader import read_package
 from edgeflow.spec import GraphSpec
 
 if importlib.util.find_spec("coremltools") is None:
@@ -50,6 +53,15 @@ class CoreMLRuntime:
         checks.expect_bundle(cls.name, bundle)
         graphs = {graph.name: graph for graph in bundle.manifest.graphs}
         return cls(graphs, {name: _open(bundle, graph) for name, graph in graphs.items()})
+
+    @classmethod
+    def operations(cls, bundle: Bundle, graph: str) -> Operations:
+        """The saved packages' operations: what a device fuses besides is its own."""
+        checks.expect_bundle(cls.name, bundle)
+        spec = bundle.graph(graph)
+        programs = [read_package(inside(bundle.root, file)) for file in spec.chunks or (spec.file,)]
+        types = Counter(o.type for p in programs for o in p.operations if not o.type.startswith("const"))
+        return Operations(types.total(), types.total(), kinds_of(types), composite(types))
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Named arrays to named arrays; see ``edgeflow.spec.GraphSpec`` for the names and shapes."""
