@@ -40,7 +40,9 @@ class AppleSettings:
         if self.target is not None and self.target not in TARGETS:
             raise UnknownNameError("target", self.target, TARGETS)
         if self.chunks is not None and self.chunks not in CHUNKS:
-            raise UsageError(f"export: --chunks {self.chunks}: expected 1 or 2, which Apple's package looks for")
+            raise UsageError(
+                f"export: --chunks {self.chunks}: expected 1 or 2, which Apple's package looks for"
+            )
         if self.attention != FUSED and set(backends) != {"coreml"}:
             others = ", ".join(b for b in backends if b != "coreml")
             raise UsageError(
@@ -70,8 +72,8 @@ def settle(checkpoint: Checkpoint, asked: AppleSettings, layout: str, precision:
     target = asked.target or f"iOS{needed}"
     if TARGETS[target] < needed:
         raise UsageError(
-            f"export: --target {target}: {checkpoint.name}: expected iOS{needed} or macOS{needed - 3}, or later, "
-            f"as {reason}"
+            f"export: --target {target}: {checkpoint.name}: expected iOS{needed} or macOS{needed - 3}, "
+            f"or later, as {reason}"
         )
     return {"attention": asked.attention, "target": target, "chunks": chunks}
 

@@ -139,4 +139,6 @@ def lower(
     from dataclasses import replace
 
     program = replace(source.program(graph), wide=wide)
-    return registry.exporter(backend, **(settings or {})).lower(program, folder, precision=precision, layout=layout)
+    return registry.exporter(backend, **(settings or {})).lower(
+        program, folder, precision=precision, layout=layout
+    )

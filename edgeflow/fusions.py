@@ -1,4 +1,4 @@
-"""How many operations of a bundle's graphs are fused where they run: what the backend makes of what is stored.
+"""How many operations of a bundle's graphs are fused where they run: what a backend makes of what is stored.
 
 Each backend is asked itself: ONNX Runtime writes the graph that its session optimized, OpenVINO describes the
 program that it compiled; a Core ML package is counted as it is saved, for off a Mac nothing compiles it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -98,8 +97,13 @@ def sampler() -> Any:
 
 
 def _resolve(kind: str, name: str, builtin: dict[str, str], extra: str) -> Any:
-    outside = {e.name: e.value for e in entry_points(group=f"edgeflow.{kind}s")}
-    known = {**outside, **builtin}
+    known = builtin
+    if (
+        name not in builtin
+    ):  # looking through every installed package takes time that a built-in need not spend
+        from importlib.metadata import entry_points
+
+        known = {**{e.name: e.value for e in entry_points(group=f"edgeflow.{kind}s")}, **builtin}
     if name not in known:
         raise UnknownNameError(kind, name, known)
     module, _, attribute = known[name].partition(":")

@@ -66,8 +66,7 @@ def as_convolution(layer: Any) -> nn.Conv2d:
     from edgeflow.quantization.layers import replace_weight
 
     q, scale, zero_point = (
-        None if t is None else _seen(t)
-        for t in (layer.weight_q, layer.weight_scale, layer.weight_zero_point)
+        None if t is None else _seen(t) for t in (layer.weight_q, layer.weight_scale, layer.weight_zero_point)
     )
     grid = None if layer.input_scale is None else (layer.input_scale, layer.input_zero_point)
     replace_weight(conv, q, scale, zero_point, layer.weight_bits, grid, layer.weight_palette)  # type: ignore[arg-type]
@@ -208,7 +207,9 @@ class SplitPictureAttention(nn.Module):
 
     def __init__(self, attn: Any):
         super().__init__()
-        _expect(attn.group_norm is not None and attn.residual_connection, "an attention with norm and residual")
+        _expect(
+            attn.group_norm is not None and attn.residual_connection, "an attention with norm and residual"
+        )
         self.norm, self.attention, self.factor = attn.group_norm, _Attention(attn), attn.rescale_output_factor
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
@@ -246,7 +247,11 @@ class _SplitTextLayer(nn.Module):
         self.q, self.k, self.v, self.out = (
             as_convolution(x) for x in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)
         )
-        self.fc1, self.activation, self.fc2 = as_convolution(mlp.fc1), mlp.activation_fn, as_convolution(mlp.fc2)
+        self.fc1, self.activation, self.fc2 = (
+            as_convolution(mlp.fc1),
+            mlp.activation_fn,
+            as_convolution(mlp.fc2),
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         h = self.norm1(x)

@@ -182,8 +182,12 @@ def _names(operation: Any) -> Iterator[str]:
 
 def _blobs(operation: Any) -> Iterator[Any]:
     """The values of an operation that lie in the weight file."""
-    given = [a.value for p in operation.inputs.values() for a in p.arguments if a.WhichOneof("binding") == "value"]
-    yield from (v for v in (*given, *operation.attributes.values()) if v.WhichOneof("value") == "blobFileValue")
+    given = [
+        a.value for p in operation.inputs.values() for a in p.arguments if a.WhichOneof("binding") == "value"
+    ]
+    yield from (
+        v for v in (*given, *operation.attributes.values()) if v.WhichOneof("value") == "blobFileValue"
+    )
 
 
 def _shape(kind: Any) -> list[int]:

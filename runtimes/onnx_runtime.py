@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -203,8 +203,10 @@ def _session(
     capture: bool,
     frugal: bool = False,
     written: Path | None = None,
+    adjust: Callable[[ort.SessionOptions], None] | None = None,
 ) -> ort.InferenceSession:
-    """``written``: where to write the optimized graph, its weights beside it."""
+    """``written``: where to write the optimized graph, its weights beside it. ``adjust`` has the last word on
+    the options, for measuring others (edgeflow.training.session_options)."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = checks.num_threads()
@@ -225,6 +227,8 @@ def _session(
         entry = "session.optimized_model_external_initializers_"
         options.add_session_config_entry(f"{entry}file_name", f"{written.name}.data")
         options.add_session_config_entry(f"{entry}min_size_in_bytes", "64")
+    if adjust is not None:
+        adjust(options)
     path = inside(bundle.root, graph.file)
     try:
         session = ort.InferenceSession(

@@ -88,7 +88,10 @@ class OpenVinoRuntime:
         return checks.collect(self.name, spec, results)
 
 
-def _compile(core: ov.Core, bundle: Bundle, graph: GraphSpec) -> ov.CompiledModel:
+def _compile(
+    core: ov.Core, bundle: Bundle, graph: GraphSpec, more: Mapping[str, Any] | None = None
+) -> ov.CompiledModel:
+    """``more`` has the last word on the properties (edgeflow.training.session_options measures others)."""
     path = inside(bundle.root, graph.file)
     config = {
         # Some CPUs run bfloat16 by default, which parity would report as an export's fault.
@@ -102,7 +105,7 @@ def _compile(core: ov.Core, bundle: Bundle, graph: GraphSpec) -> ov.CompiledMode
         # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
         config["LP_TRANSFORMS_MODE"] = "NO"
     try:
-        model = core.compile_model(str(path), "CPU", config)
+        model = core.compile_model(str(path), "CPU", {**config, **(more or {})})
     except RuntimeError as error:
         raise RuntimeFailure(f"runtime openvino: {path}: could not be loaded: {_reason(error)}") from error
     inputs, outputs = (

@@ -23,8 +23,8 @@ _PIPED_WIDTH = 160
 @click.option(
     "--fused/--no-fused",
     default=None,
-    help="Count the operations of a bundle's graphs where they run, and how many of them are fused.  [default: "
-    "graphs up to 256 MiB]",
+    help="Count the operations of a bundle's graphs where they run, and how many of them are fused.  "
+    "[default: graphs up to 256 MiB]",
 )
 @options.json_option
 @options.verbosity

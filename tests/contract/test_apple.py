@@ -1,4 +1,4 @@
-"""The Neural Engine's layout as saved packages: one UNet whole and cut in two, and the gate that must notice."""
+"""The Neural Engine's layout as saved packages: one UNet whole and cut in two; the gate that must notice."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def spec_of(package: Path) -> Any:
 
 
 def test_the_layout_is_the_neural_engines(packages: dict[str, Path]) -> None:
-    """Heads by einsum, linear layers as 1×1 convolutions; what is left is the time embedding's, of one row."""
+    """Heads by einsum, linear layers as 1×1 convolutions; what is left is the time embedding's."""
     operations = read_package(packages["fp16"]).operations
     counts = collections.Counter(op.type for op in operations)
     assert counts["einsum"] == counts["softmax"] * 2 and counts["softmax"] >= 8
@@ -102,7 +102,9 @@ def test_chunks_are_the_whole_to_the_last_bit(
     assert set(got) == set(expected) and all(np.array_equal(got[n], expected[n]) for n in got)
     assert not np.array_equal(got["noise_pred"], inputs["sample"])
     # Every operation that computes is in one of them alone.
-    steps = [[o for o in read_package(p).operations if not o.type.startswith("const")] for p in (whole, *parts)]
+    steps = [
+        [o for o in read_package(p).operations if not o.type.startswith("const")] for p in (whole, *parts)
+    ]
     assert [o.outputs for o in steps[0]] == [o.outputs for o in steps[1] + steps[2]]
     # About half of the weights each, and none twice but small ones that both take.
     sizes = [(p / WEIGHTS).stat().st_size for p in (whole, *parts)]

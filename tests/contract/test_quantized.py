@@ -187,7 +187,9 @@ def _coreml_bits(path: Path) -> list[int]:
     for op in operations:
         if op.type.startswith("constexpr"):
             name = "data" if op.type.endswith("shift_scale") else "quantized_data"
-            values.append(op.attributes[name] if name in op.attributes else op.inputs[name].arguments[0].value)
+            values.append(
+                op.attributes[name] if name in op.attributes else op.inputs[name].arguments[0].value
+            )
     return [widths[value.type.tensorType.dataType] for value in values]
 
 

@@ -33,8 +33,15 @@ def model(*layers: StoredLayer, unet_weights: int = 10) -> Any:
 
 @pytest.mark.parametrize(
     "layers, version",
-    [((), 15), ((CHANNEL,), 16), ((TABLE,), 16), ((ROUNDED, CHANNEL), 17), ((CHANNEL, INT4), 18)]
-    + [((BLOCKS,), 18), ((SHIFTED,), 18)],
+    [
+        ((), 15),
+        ((CHANNEL,), 16),
+        ((TABLE,), 16),
+        ((ROUNDED, CHANNEL), 17),
+        ((CHANNEL, INT4), 18),
+        ((BLOCKS,), 18),
+        ((SHIFTED,), 18),
+    ],
 )
 def test_the_target_is_the_earliest_that_has_what_is_needed(
     layers: tuple[StoredLayer, ...], version: int
@@ -71,7 +78,12 @@ def test_a_large_unet_is_cut_for_ios_alone() -> None:
 
 def test_what_nothing_can_take_is_refused() -> None:
     for asked, backends, layouts, said in (
-        (AppleSettings("split-einsum"), ("onnx", "coreml"), ("pipeline",), "expected --to coreml alone, got onnx"),
+        (
+            AppleSettings("split-einsum"),
+            ("onnx", "coreml"),
+            ("pipeline",),
+            "expected --to coreml alone, got onnx",
+        ),
         (AppleSettings(target="iOS16"), ("onnx",), ("pipeline",), "expected --to coreml among the backends"),
         (AppleSettings(chunks=2), ("coreml",), ("pipeline",), "expected --graph components"),
         (AppleSettings(chunks=3), ("coreml",), ("components",), "--chunks 3: expected 1 or 2"),

@@ -1,4 +1,4 @@
-"""The Neural Engine's layout: every module against the one that it stands for, and what it has no rewrite for."""
+"""The Neural Engine's layout: every module against what it stands for, and what it has no rewrite for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -45,7 +46,7 @@ def apart(a: Any, b: Any) -> float:
 @pytest.mark.parametrize("heads, width", [(8, 40), (8, 80), (8, 160), (3, 32), (5, 7), (1, 512)])
 @pytest.mark.parametrize("queries, keys", [(1, 77), (QUERIES, 16), (QUERIES + 65, 33)])
 def test_attention_is_torchs_own(heads: int, width: int, queries: int, keys: int) -> None:
-    """Head counts of Stable Diffusion, of the built-in model, odd ones, the autoencoder's; chunks and a rest."""
+    """Head counts of Stable Diffusion, of the built-in model, odd ones, the autoencoder's; a rest."""
     q, k, v = (seeded(1, heads * width, 1, n, seed=i) for i, n in enumerate((queries, keys, keys)))
     mask = seeded(queries, keys, seed=3)
 
