@@ -101,7 +101,7 @@ def load_components(
     Weights are fp32, whatever the files hold; only the parts that ``names`` need are read. ``picture`` is the
     pipeline's output: float32 in [0, 1] or uint8; ``attention`` other than fused is the Neural Engine's
     layout (edgeflow.split_einsum). Raises ExportError for a model that does not draw in one step or whose
-    parts are of a class edgeflow has no rewrite for, CheckpointError for weights that do not fit their config.
+    parts are of a class edgeflow has no rewrite for, CheckpointError for weights that do not fit it.
     """
     check_exportable(checkpoint)
     spec = checkpoint.generation

@@ -86,8 +86,8 @@ def export_model(
     an error. ``isolate`` gives the reference and every graph a process of its own, by default where the model
     is large (edgeflow.export_tasks). ``apple`` is Core ML's alone. ``progress`` is told each step in words.
     Equal inputs give equal bytes, isolated or not. Raises UsageError, BackendMissing, OutputExistsError or
-    ExportError (a model that does not draw in one step) before any work starts; ExportError naming the backend
-    and component when one cannot be lowered.
+    ExportError (a model that does not draw in one step) before any work starts; ExportError naming the
+    backend and component when one cannot be lowered.
     """
     jobs = plan(backends, precisions, layouts, picture, apple)
     check_exportable(checkpoint)

@@ -1,9 +1,9 @@
 """Group norm as ONNX's ``InstanceNormalization`` over the groups, then one factor and one summand a channel.
 
-ONNX Runtime has no kernel for ``GroupNormalization`` on a CPU: it takes each apart into some thirty operations,
-several of which pass over the whole picture, and takes longer to open the graph (docs/fusions.md has the figures).
-``InstanceNormalization`` is one kernel there. It sums in the graph's own precision, so float16 graphs keep it
-in float32.
+ONNX Runtime has no kernel for ``GroupNormalization`` on a CPU: it takes each apart into some thirty
+operations, several of which pass over the whole picture, and takes longer to open the graph
+(docs/fusions.md has the figures). ``InstanceNormalization`` is one kernel there. It sums in the graph's own
+precision, so float16 graphs keep it in float32.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python -m edgeflow.training.session_options BUNDLE... [--threads N] [--launches N]
 
 Every launch is a process that opens the bundle once with each set of options and draws in turns; a ratio is
-taken a launch, and its interval is Student's t over launches, as ``edgeflow bench`` does. Pictures must stay those of the runtime's own options (50 dB). The table goes to stdout.
+taken a launch, and its interval is Student's t over launches, as ``edgeflow bench`` does. Pictures must stay
+those of the runtime's own options (50 dB). The table goes to stdout.
 """
 
 from __future__ import annotations
