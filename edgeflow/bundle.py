@@ -54,6 +54,7 @@ class Manifest:
     files: dict[str, FileEntry]  # every file but the manifest, by POSIX path relative to the root
     versions: dict[str, str]  # edgeflow and the tools that made it
     fp32_ops: dict[str, tuple[str, ...]] = field(default_factory=dict)  # graph → float32 in an fp16 bundle
+    settings: dict[str, Any] = field(default_factory=dict)  # the backend's own: see edgeflow.apple
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -77,6 +78,7 @@ class Manifest:
                 files={name: FileEntry(**entry) for name, entry in raw["files"].items()},
                 versions=raw["versions"],
                 fp32_ops={graph: tuple(ops) for graph, ops in raw.get("fp32_ops", {}).items()},
+                settings=dict(raw.get("settings", {})),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -97,7 +99,8 @@ def _graph(raw: dict[str, Any]) -> GraphSpec:
     def tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["key"]) for t in items)
 
-    return GraphSpec(raw["name"], str(raw["file"]), tensors(raw["inputs"]), tensors(raw["outputs"]))
+    files = (str(raw["file"]), tuple(map(str, raw.get("chunks", ()))))
+    return GraphSpec(raw["name"], files[0], tensors(raw["inputs"]), tensors(raw["outputs"]), files[1])
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ class Bundle:
         for name, entry in manifest.files.items():
             _verify(root, name, entry)
         for graph in manifest.graphs:
-            inside(root, graph.file)
-            if not any(n == graph.file or n.startswith(graph.file + "/") for n in manifest.files):
-                raise BundleError(f"bundle: {root}: graph file {graph.file!r} has no hash in the manifest")
+            for file in (graph.file, *graph.chunks):
+                inside(root, file)
+                if not any(n == file or n.startswith(file + "/") for n in manifest.files):
+                    raise BundleError(f"bundle: {root}: graph file {file!r} has no hash in the manifest")
         return cls(root, manifest)
 
     @property

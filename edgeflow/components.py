@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgeflow.apple import FUSED
 from edgeflow.checkpoint import KINDS, Checkpoint
 from edgeflow.errors import ExportError
 from edgeflow.loading import check_classes, load_part
@@ -90,14 +91,17 @@ PARTS_OF: Mapping[str, tuple[str, ...]] = {
 
 
 def load_components(
-    checkpoint: Checkpoint, picture: str = "float32", names: Sequence[str] = (*COMPONENTS, PIPELINE)
+    checkpoint: Checkpoint,
+    picture: str = "float32",
+    names: Sequence[str] = (*COMPONENTS, PIPELINE),
+    attention: str = FUSED,
 ) -> dict[str, Component]:
     """The components of a one-step checkpoint by name, those of ``names``: by default all.
 
     Weights are fp32, whatever the files hold; only the parts that ``names`` need are read. ``picture`` is the
-    pipeline's output: float32 in [0, 1] or uint8. Raises ExportError for a model that does not draw in one
-    step or whose parts are of a class edgeflow has no rewrite for, CheckpointError for weights that do not
-    fit their config.
+    pipeline's output: float32 in [0, 1] or uint8; ``attention`` other than fused is the Neural Engine's
+    layout (edgeflow.split_einsum). Raises ExportError for a model that does not draw in one step or whose
+    parts are of a class edgeflow has no rewrite for, CheckpointError for weights that do not fit it.
     """
     check_exportable(checkpoint)
     spec = checkpoint.generation
@@ -124,6 +128,10 @@ def load_components(
         for s in _component_specs(spec, int(checkpoint.config("text_encoder")["hidden_size"]))
         if s.name in names
     }
+    if attention != FUSED:
+        from edgeflow.split_einsum import split_einsum
+
+        components = {n: replace(c, module=split_einsum(c.module)) for n, c in components.items()}
     if PIPELINE in components:
         components[PIPELINE] = with_picture(components[PIPELINE], picture)
     return components

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflow import __version__, overflow, registry, worker
 from edgeflow import export_tasks as tasks
+from edgeflow.apple import AppleSettings, settle
 from edgeflow.bundle import REFERENCE, TOKENIZER, Manifest, write_bundle_files, write_reference
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.clients import write_client_configs
@@ -38,6 +39,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {PIPELINE: (PIPELINE,), "components": C
 PICTURES = ("float32", "uint8")
 #: How many of the model's prompts the reference of a bundle holds; prompt i is drawn from seed i.
 NUM_REFERENCES = 4
+_APPLE = AppleSettings()
 #: What made the program, whatever the backend.
 _TOOLS = ("torch", "diffusers", "transformers")
 
@@ -49,6 +51,13 @@ class _Job:
     exporter: Exporter
     precision: str
     layout: str
+    apple: AppleSettings = _APPLE
+
+    def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The backend's own, as the manifest records them. Raises UsageError as edgeflow.apple does."""
+        if self.exporter.backend != "coreml":
+            return {}
+        return settle(checkpoint, self.apple, self.layout, self.precision)
 
     @property
     def name(self) -> str:
@@ -67,6 +76,7 @@ def export_model(
     strict: bool = False,
     num_prompts: int | None = None,
     isolate: bool | None = None,
+    apple: AppleSettings = _APPLE,
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[Path]:
     """Write one bundle per backend, layout and precision at ``out/<backend>-<layout>-<precision>``.
@@ -75,38 +85,40 @@ def export_model(
     checked to be finite on the model's first ``num_prompts`` prompts (by default NUM_REFERENCES, 1 for a
     large model); operations that would overflow float16 stay float32 in fp16 bundles, or with ``strict`` are
     an error. ``isolate`` gives the reference and every graph a process of its own, by default where the model
-    is large (edgeflow.export_tasks). ``progress`` is told each step in words. Equal inputs give equal bytes,
-    isolated or not. Raises UsageError, BackendMissing, OutputExistsError or ExportError (a model that does
-    not draw in one step) before any work starts; ExportError naming the backend and component when one cannot
-    be lowered.
+    is large (edgeflow.export_tasks). ``apple`` is Core ML's alone. ``progress`` is told each step in words.
+    Equal inputs give equal bytes, isolated or not. Raises UsageError, BackendMissing, OutputExistsError or
+    ExportError (a model that does not draw in one step) before any work starts; ExportError naming the
+    backend and component when one cannot be lowered.
     """
-    jobs = plan(backends, precisions, layouts, picture)
+    jobs = plan(backends, precisions, layouts, picture, apple)
     check_exportable(checkpoint)
     _check_palettes(checkpoint, jobs)
+    settings = [job.settings(checkpoint) for job in jobs]
     isolate = tasks.is_large(checkpoint) if isolate is None else isolate
     run = _isolated if isolate else _here
     with _no_trace(out), ExitStack() as stack:
         stages = [stack.enter_context(staged_folder(out / job.name, force=force)) for job in jobs]
         progress("reference pictures")
-        source = tasks.Source(checkpoint, picture, keep=not isolate)
+        source = tasks.Source(checkpoint, picture, not isolate, apple.attention)
         graphs = tuple(dict.fromkeys(name for job in jobs for name in LAYOUTS[job.layout]))
         count = num_prompts or (1 if isolate else NUM_REFERENCES)
         arrays, ranges = run("export: reference", tasks.reference, source, graphs, count)
         if strict:
             _check_strict(jobs, ranges)
-        for job, stage in zip(jobs, stages, strict=True):
+        for job, stage, chosen in zip(jobs, stages, settings, strict=True):
+            own = {name: value for name, value in chosen.items() if name != "attention"}  # the program has it
             specs = []
             for name in LAYOUTS[job.layout]:
                 progress(f"{job.name}: {name}")
                 what = f"export: {job.exporter.backend}: {name}"
                 wide = overflow.wide_nodes(ranges[name]) if job.precision == "fp16" else Wide()
-                asked = (source, name, job.exporter.backend, stage, job.precision, job.layout, wide)
+                asked = (source, name, job.exporter.backend, stage, job.precision, job.layout, wide, own)
                 specs.append(run(what, tasks.lower, *asked))
             _add_tokenizer(job, stage, checkpoint)
             if hasattr(job.exporter, "finish"):
                 what = f"export: {job.exporter.backend}: tokenizer"
                 run(what, tasks.finish, job.exporter.backend, stage, job.layout)
-            _finish_bundle(job, stage, checkpoint, specs, ranges, arrays)
+            _finish_bundle(job, stage, checkpoint, specs, ranges, arrays, chosen)
         progress("done")
     return [out / job.name for job in jobs]
 
@@ -144,7 +156,11 @@ def _check_strict(jobs: Sequence[_Job], ranges: Mapping[str, list[Range]]) -> No
 
 
 def plan(
-    backends: Sequence[str], precisions: Sequence[str], layouts: Sequence[str], picture: str
+    backends: Sequence[str],
+    precisions: Sequence[str],
+    layouts: Sequence[str],
+    picture: str,
+    apple: AppleSettings = _APPLE,
 ) -> list[_Job]:
     """The bundles to write, in order, each once. Raises UsageError or BackendMissing."""
     for what, names, known in (
@@ -163,6 +179,7 @@ def plan(
         )
     if picture == "uint8" and "coreml" in backends:
         raise UsageError("export: picture 'uint8': Core ML has no uint8 tensors; expected float32 for coreml")
+    apple.check(backends, layouts)
     exporters = [registry.exporter(name) for name in dict.fromkeys(backends)]
     for exporter in exporters:
         for precision in precisions:
@@ -174,7 +191,7 @@ def plan(
         for layout in layouts:
             getattr(exporter, "check", lambda layout: None)(layout)
     return [
-        _Job(exporter, precision, layout)
+        _Job(exporter, precision, layout, apple)
         for exporter in exporters
         for layout in dict.fromkeys(layouts)
         for precision in dict.fromkeys(precisions)
@@ -190,6 +207,8 @@ def plan_of(
     check_exportable(checkpoint)
     _check_palettes(checkpoint, jobs)
     count = num_prompts or (1 if tasks.is_large(checkpoint) else NUM_REFERENCES)
+    for job in jobs:
+        job.settings(checkpoint)
     asked = [(job.exporter.backend, job.precision, LAYOUTS[job.layout]) for job in jobs]
     return plan_export(checkpoint, asked, out, num_prompts=count, parity=parity)
 
@@ -215,6 +234,7 @@ def _finish_bundle(
     graphs: Sequence[GraphSpec],
     ranges: Mapping[str, list[Range]],
     reference: dict[str, np.ndarray],
+    settings: dict[str, Any],
 ) -> None:
     """All that a bundle holds besides its graphs."""
     if job.layout == "components":
@@ -232,6 +252,7 @@ def _finish_bundle(
         files={},
         versions=_versions(getattr(job.exporter, "tools", ())) | getattr(job.exporter, "facts", dict)(),
         fp32_ops=_fp32_ops(job, ranges),
+        settings=settings,
     )
     write_bundle_files(stage, manifest)
 

@@ -139,7 +139,7 @@ def plan_export(
         pace = _LOWERING_SECONDS.get(backend, max(_LOWERING_SECONDS.values()))
         for graph in graphs:
             held = sum(floats[p] for p in _parts(graph))
-            size = sum(_stored_bytes(checkpoint, p, precision) for p in _parts(graph))
+            size = sum(stored_bytes(checkpoint, p, precision) for p in _parts(graph))
             seconds = 10 + pace * held / GIB
             steps.append(Step(f"{backend} {precision}: {graph}", base + factor * held, seconds, size))
     if parity:
@@ -160,7 +160,7 @@ def _parts(graph: str) -> tuple[str, ...]:
     return tuple(part for name in (COMPONENTS if graph == PIPELINE else (graph,)) for part in _PARTS[name])
 
 
-def _stored_bytes(checkpoint: Checkpoint, part: str, precision: str) -> int:
+def stored_bytes(checkpoint: Checkpoint, part: str, precision: str) -> int:
     """Bytes of a part's weights in a bundle; of the autoencoder only what decodes is exported."""
     width, total = (2 if precision == "fp16" else 4), 0
     for name, tensor in checkpoint.stored_tensors(part).items():

@@ -6,12 +6,13 @@ its own (edgeflow.worker) that reads no more than one component's weights and en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeflow import overflow, registry
+from edgeflow.apple import FUSED
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.overflow import Range, Wide
 from edgeflow.spec import COMPONENTS, PIPELINE, GraphSpec
@@ -44,6 +45,7 @@ class Source:
     checkpoint: Checkpoint
     picture: str
     keep: bool
+    attention: str = FUSED
     _components: dict[str, Component] = field(default_factory=dict)
     _programs: dict[str, Program] = field(default_factory=dict)
 
@@ -52,9 +54,9 @@ class Source:
         from edgeflow.components import load_components
 
         if not self.keep:
-            return load_components(self.checkpoint, names=(name,))[name]
+            return load_components(self.checkpoint, names=(name,), attention=self.attention)[name]
         if not self._components:
-            self._components = load_components(self.checkpoint)
+            self._components = load_components(self.checkpoint, attention=self.attention)
         return self._components[name]
 
     def program(self, name: str, component: Component | None = None) -> Program:
@@ -121,13 +123,25 @@ def _outputs(component: Component, program: Program | None, inputs: Any) -> tupl
 
 
 def lower(
-    source: Source, graph: str, backend: str, folder: Path, precision: str, layout: str, wide: Wide
+    source: Source,
+    graph: str,
+    backend: str,
+    folder: Path,
+    precision: str,
+    layout: str,
+    wide: Wide,
+    settings: Mapping[str, Any] | None = None,
 ) -> GraphSpec:
-    """One graph through one backend, into ``folder``; see edgeflow.registry.Exporter."""
+    """One graph through one backend, into ``folder``; see edgeflow.registry.Exporter.
+
+    ``settings`` are the exporter's own, as its constructor takes them.
+    """
     from dataclasses import replace
 
     program = replace(source.program(graph), wide=wide)
-    return registry.exporter(backend).lower(program, folder, precision=precision, layout=layout)
+    return registry.exporter(backend, **(settings or {})).lower(
+        program, folder, precision=precision, layout=layout
+    )
 
 
 def finish(backend: str, folder: Path, layout: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
+from edgeflow.errors import EdgeflowError
 from edgeflow.generate import default_runtime, open_model
 from edgeflow.quantization.stored import ENDS
 
@@ -28,14 +29,32 @@ _DTYPES = {
 }
 
 
-def describe(source: str | Path) -> dict[str, Any]:
+def describe(source: str | Path, *, fused: bool | None = None) -> dict[str, Any]:
     """All that is known of a checkpoint or a bundle, ready for JSON; ``what`` says which of the two it is.
 
     Opening verifies what opening always does: whole files in a checkpoint, every hash in a bundle.
-    Raises BundleError, CheckpointError or UnknownNameError.
+    ``fused`` counts a bundle's operations where they run (edgeflow.fusions): by default where its graphs are
+    small and its backend is installed. Raises BundleError, CheckpointError or UnknownNameError, and with
+    ``fused`` what the backend's absence or refusal raises.
     """
     model = open_model(source)
-    return describe_bundle(model) if isinstance(model, Bundle) else describe_checkpoint(model)
+    if isinstance(model, Bundle):
+        return {**describe_bundle(model), "operations": _operations(model, fused)}
+    return describe_checkpoint(model)
+
+
+def _operations(bundle: Bundle, fused: bool | None) -> dict[str, Any] | None:
+    from edgeflow.fusions import fusions
+
+    if fused is False:
+        return None
+    try:
+        found = fusions(bundle, large=fused is True)
+    except EdgeflowError:
+        if fused:
+            raise
+        return None
+    return None if found is None else {graph: each.as_dict() for graph, each in found.items()}
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -113,4 +132,5 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "files": {name: dataclasses.asdict(entry) for name, entry in manifest.files.items()},
         "versions": manifest.versions,
         "recipe": manifest.recipe,
+        "settings": manifest.settings,
     }

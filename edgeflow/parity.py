@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflow import __version__, metrics, parity_isolated, registry, worker
+from edgeflow.apple import FUSED
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
@@ -129,11 +130,12 @@ def measure(
         quantized = partial(worker.call, "parity", "edgeflow.parity_quantization:quantization_rows")
     rows: list[Measurement] = []
     notes: list[str] = []
-    references: dict[tuple[str, tuple[str, ...]], Reference] = {}
-    held_to: dict[tuple[str, tuple[str, ...]], Limits] = {}
+    references: dict[tuple[str, tuple[str, ...], str], Reference] = {}
+    held_to: dict[tuple[str, tuple[str, ...], str], Limits] = {}
     for bundle, label, (checkpoint, reason) in zip(opened, labels(opened), sources, strict=True):
         spec = bundle.generation
-        model = (spec.checkpoint_hash, spec.prompts)
+        attention = bundle.manifest.settings.get("attention", FUSED)
+        model = (spec.checkpoint_hash, spec.prompts, attention)
         reference = references.get(model)
         if checkpoint is None:
             reference = reference_from_bundle(bundle, num_prompts, reason)
@@ -142,14 +144,16 @@ def measure(
             if isolate:
                 reference = parity_isolated.isolated_reference(checkpoint, bundle, num_prompts)
             else:
-                reference = reference_from_checkpoint(checkpoint, spec.prompts, num_prompts)
+                reference = reference_from_checkpoint(checkpoint, spec.prompts, num_prompts, attention)
         if model not in references:
+            known = any(key[:2] == model[:2] for key in references)
             references[model] = reference
             say(f"{spec.name}: rewrite")
             lost = quantized(bundle, checkpoint, reference, floats)
             held_to[model] = limits(asked, bundle.manifest.recipe, lost)
-            rows += [*_rewrite(spec, reference, held_to[model]), *lost]
-            notes += _notes(spec, reference, held_to[model])
+            rows += _rewrite(spec, reference, held_to[model], attention)
+            rows += [] if known else lost
+            notes += [] if known else _notes(spec, reference, held_to[model])
         say(f"{label}: {runtime or bundle.manifest.backend}")
         rows += _bundle_rows(bundle, label, runtime, reference, held_to[model], isolate)
     return ParityReport(tuple(rows), _versions(rows), tuple(notes))
@@ -169,9 +173,16 @@ def labels(bundles: Iterable[Bundle]) -> list[str]:
 # --- gaps -----------------------------------------------------------------------------------------------
 
 
-def _rewrite(spec: GenerationSpec, reference: Reference, held_to: Limits) -> list[Measurement]:
-    """Original ↔ export-ready, per component; a row that says so where the originals are not there."""
+def _rewrite(
+    spec: GenerationSpec, reference: Reference, held_to: Limits, attention: str
+) -> list[Measurement]:
+    """Original ↔ export-ready, per component; a row that says so where the originals are not there.
+
+    Export-ready modules in the Neural Engine's layout are another rewrite, with rows under another name.
+    """
     blank = model_row(REWRITE, spec, reference.prompts, reference.reason)
+    if attention != FUSED:
+        blank = replace(blank, model=f"{spec.name}, {attention}")
     if reference.against != CHECKPOINT:
         return [blank]
     rows = []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeflow.apple import FUSED
 from edgeflow.bundle import REFERENCE, Bundle
 from edgeflow.checkpoint import Checkpoint, builtin_models
 from edgeflow.errors import BackendMissing, BundleError, CheckpointError, EdgeflowError, UsageError
@@ -154,12 +155,15 @@ def _needed(bundle: Bundle) -> set[str]:
 
 
 def reference_from_checkpoint(
-    checkpoint: Checkpoint, prompts: Sequence[str], num_prompts: int | None
+    checkpoint: Checkpoint, prompts: Sequence[str], num_prompts: int | None, attention: str = FUSED
 ) -> Reference:
-    """The references computed in torch, eager fp32, chained as a pipeline chains them."""
+    """The references computed in torch, eager fp32, chained as a pipeline chains them.
+
+    ``attention`` is the export-ready modules' layout, as the bundle has it.
+    """
     from edgeflow.components import load_components
 
-    spec, components = checkpoint.generation, load_components(checkpoint)
+    spec, components = checkpoint.generation, load_components(checkpoint, attention=attention)
     tokenizer = ClipTokenizer.from_folder(spec.tokenizer_dir)
     count = _count(num_prompts, len(prompts), checkpoint.name)
     samples = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -83,9 +82,12 @@ class Runtime(Protocol):
         """
 
 
-def exporter(name: str) -> Exporter:
-    """The exporter called ``name``. Raises UnknownNameError, or BackendMissing with the pip line."""
-    return _resolve("exporter", name, EXPORTERS, "export")()
+def exporter(name: str, **settings: Any) -> Exporter:
+    """The exporter called ``name``, made with its own settings (edgeflow.apple has Core ML's).
+
+    Raises UnknownNameError, or BackendMissing with the pip line.
+    """
+    return _resolve("exporter", name, EXPORTERS, "export")(**settings)
 
 
 def runtime(name: str) -> type[Runtime]:
@@ -99,8 +101,13 @@ def sampler() -> Any:
 
 
 def _resolve(kind: str, name: str, builtin: dict[str, str], extra: str) -> Any:
-    outside = {e.name: e.value for e in entry_points(group=f"edgeflow.{kind}s")}
-    known = {**outside, **builtin}
+    known = builtin
+    if (
+        name not in builtin
+    ):  # looking through every installed package takes time that a built-in need not spend
+        from importlib.metadata import entry_points
+
+        known = {**{e.name: e.value for e in entry_points(group=f"edgeflow.{kind}s")}, **builtin}
     if name not in known:
         raise UnknownNameError(kind, name, known)
     module, _, attribute = known[name].partition(":")

@@ -43,6 +43,9 @@ class GraphSpec:
     file: str  # relative to the bundle's root
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    chunks: tuple[
+        str, ...
+    ] = ()  # where it lies in several files: all, in the order they run; file is the first
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,22 +21,17 @@ logging.getLogger("coremltools").setLevel(logging.ERROR)  # off macOS it reports
 import coremltools as ct  # noqa: E402
 
 from edgeflow.errors import ExportError  # noqa: E402
-from edgeflow.exporters import coreml_dequantize  # noqa: E402
+from edgeflow.exporters import coreml_chunks, coreml_dequantize  # noqa: E402
 from edgeflow.exporters.layouts import APPLE, graph_spec  # noqa: E402
 from edgeflow.exporters.program import Program  # noqa: E402
 from edgeflow.exporters.regions import Op, wide_ops  # noqa: E402
 from edgeflow.overflow import Wide  # noqa: E402
 from edgeflow.spec import GraphSpec  # noqa: E402
 
-#: iOS 18 and macOS 15: fused attention, and the blockwise integers that quantized bundles need.
-TARGET = ct.target.iOS18
 _PRECISION = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 #: A map from the program's nodes for a debugger, which the package's manifest does not name.
 _DEBUG_FILE = "executorch_debug_handle_mapping.json"
 _SPEC_FILE = "com.apple.CoreML/model.mlmodel"
-#: coremltools leaves it in packages of exported programs; nothing that runs a package reads it.
-_DEBUG_FILE = "executorch_debug_handle_mapping.json"
-
 
 coreml_dequantize.register()
 
@@ -48,20 +45,33 @@ class CoreMLExporter:
     squares_norms: ClassVar[bool] = True  # group norms are taken apart, and their squares rounded
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
 
+    def __init__(self, target: str = "iOS18", chunks: int = 1):
+        """``target`` is one of edgeflow.apple.TARGETS; ``chunks``: how many packages a UNet is cut into."""
+        self.target, self.chunks = target, chunks
+
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
         spec = graph_spec(program.spec, layout, APPLE, ".mlpackage")
         if any(t.dtype == "uint8" for t in spec.outputs):
             raise ExportError(f"export: coreml: {spec.name}: Core ML has no uint8; expected float32")
         package = folder / spec.file
-        _convert(program, spec, precision).save(str(package))
+        _convert(program, spec, precision, self.target).save(str(package))
         _settle_spec(package / "Data" / _SPEC_FILE, spec)
         _settle_manifest(package / "Manifest.json")
         (package / _DEBUG_FILE).unlink(missing_ok=True)
-        return spec
+        return _in_chunks(spec, folder) if self.chunks == 2 and spec.name == "unet" else spec
 
 
-def _convert(program: Program, spec: GraphSpec, precision: str) -> ct.models.MLModel:
+def _in_chunks(spec: GraphSpec, folder: Path) -> GraphSpec:
+    """The package cut in two, in its place."""
+    whole = folder / spec.file
+    names = tuple(f"{whole.stem}Chunk{i}{whole.suffix}" for i in (1, 2))
+    coreml_chunks.cut(whole, folder / names[0], folder / names[1])
+    shutil.rmtree(whole)
+    return replace(spec, file=names[0], chunks=names)
+
+
+def _convert(program: Program, spec: GraphSpec, precision: str, target: str) -> ct.models.MLModel:
     quiet = io.StringIO()  # its progress bars know no switch
     with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,7 +81,7 @@ def _convert(program: Program, spec: GraphSpec, precision: str) -> ct.models.MLM
                 outputs=[ct.TensorType(name=t.key, dtype=np.float32) for t in spec.outputs],
                 convert_to="mlprogram",
                 compute_precision=_compute_precision(precision, program.wide),
-                minimum_deployment_target=TARGET,
+                minimum_deployment_target=getattr(ct.target, target),
                 skip_model_load=True,
             )
         except (NotImplementedError, ValueError, RuntimeError, TypeError, KeyError) as error:

@@ -19,14 +19,14 @@ import onnx_ir as ir
 import torch
 
 from edgeflow.errors import ExportError
-from edgeflow.exporters import onnx_dequantize
+from edgeflow.exporters import onnx_dequantize, onnx_norm
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
 from edgeflow.exporters.program import Program
 from edgeflow.exporters.regions import Op, wide_ops
 from edgeflow.overflow import Wide
 from edgeflow.spec import GraphSpec
 
-#: 21 has GroupNormalization and LayerNormalization that sum in float32, and blocked DequantizeLinear.
+#: 21 has LayerNormalization that sums in float32, and blocked DequantizeLinear.
 OPSET = 21
 #: A protobuf file ends at 2 GiB; beyond this many bytes of weights they go to one file beside the graph.
 INLINE_BYTES = 1 << 30
@@ -73,7 +73,7 @@ def _convert(program: Program, spec: GraphSpec) -> ir.Model:
                 opset_version=OPSET,
                 input_names=[t.key for t in spec.inputs],
                 output_names=[t.key for t in spec.outputs],
-                custom_translation_table=onnx_dequantize.TRANSLATIONS,
+                custom_translation_table={**onnx_dequantize.TRANSLATIONS, **onnx_norm.TRANSLATIONS},
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -136,8 +136,9 @@ def _float_values(graph: ir.Graph) -> set[ir.Value]:
 
 def _single_nodes(graph: ir.Graph, wide: Wide) -> set[ir.Node]:
     """The nodes that stay float32. A graph's output, which got another name, is the value before it."""
+    sums = {node for node in graph if node.op_type == onnx_norm.SINGLE}
     if not wide:
-        return set()
+        return sums
     nodes = {f"{i}": node for i, node in enumerate(graph)}
 
     def names(values: Iterable[ir.Value | None]) -> tuple[str, ...]:
@@ -145,7 +146,7 @@ def _single_nodes(graph: ir.Graph, wide: Wide) -> set[ir.Node]:
 
     ops = [Op(key, names(node.inputs), names(node.outputs)) for key, node in nodes.items()]
     found = wide_ops(ops, wide, graph.initializers, squares=False)
-    return {nodes[key] for key in found}
+    return sums | {nodes[key] for key in found}
 
 
 def _cast_between(graph: ir.Graph, single: set[ir.Node], floats: set[ir.Value]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,7 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
-from edgeflow.errors import DeviceMissing, RuntimeFailure
+from edgeflow.errors import BackendMissing, DeviceMissing, RuntimeFailure
+from edgeflow.fusions import Operations, composite, kinds_of
 from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
 from edgeflow.spec import GraphSpec
@@ -34,6 +38,8 @@ _CAPTURE = {
     "do_copy_in_default_stream": "1",
 }
 _ERRORS_ONLY = 3
+#: Types that optimizing a graph makes of several stored operations.
+_FUSED = ("nchwc:Conv", "FusedConv", "FusedMatMul", "FusedGemm", "nchwc:Upsample")
 
 
 class OnnxRuntime:
@@ -83,6 +89,19 @@ class OnnxRuntime:
         checks.expect_bundle("onnx", bundle)
         spec = bundle.graph(graph)
         return cls({graph: spec}, {graph: _session(bundle, spec, [CPU], capture=False, frugal=True)})
+
+    @classmethod
+    def operations(cls, bundle: Bundle, graph: str) -> Operations:
+        """What a session on the CPU makes of one graph; raises what ``load`` raises, and BackendMissing."""
+        checks.expect_bundle("onnx", bundle)
+        spec = bundle.graph(graph)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            _session(bundle, spec, [CPU], capture=False, written=path)
+            stored, run = _types(inside(bundle.root, spec.file)), _types(path)
+        # What ONNX Runtime has made is not in the standard; Reorder changes a layout and stands for nothing.
+        made = {name: n for name, n in run.most_common() if name not in stored and name in _FUSED}
+        return Operations(stored.total(), run.total(), kinds_of(run), composite(run) | made)
 
     def _expect_providers(self, wanted: Sequence[str], explicit: bool) -> None:
         """ONNX Runtime goes on without a provider that fails to start; here that is said, or refused."""
@@ -151,6 +170,16 @@ class _Bound:
         return [value.numpy().copy() for value in self._outputs.values()]
 
 
+def _types(path: Path) -> Counter[str]:
+    """Type → how many; of convolutions in blocks of channels ``nchwc:Conv``. Weights are not read."""
+    try:
+        import onnx
+    except ModuleNotFoundError as error:
+        raise BackendMissing("onnx", "onnx") from error
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    return Counter(f"nchwc:{n.op_type}" if n.domain.endswith("nchwc") else n.op_type for n in nodes)
+
+
 def provider_options(provider: str, capture: bool) -> dict[str, str]:
     """What a session is told about a provider."""
     options = dict(_OPTIONS.get(provider, {}))
@@ -167,8 +196,17 @@ def _default_providers() -> list[str]:
 
 
 def _session(
-    bundle: Bundle, graph: GraphSpec, providers: Sequence[str], *, capture: bool, frugal: bool = False
+    bundle: Bundle,
+    graph: GraphSpec,
+    providers: Sequence[str],
+    *,
+    capture: bool,
+    frugal: bool = False,
+    written: Path | None = None,
+    adjust: Callable[[ort.SessionOptions], None] | None = None,
 ) -> ort.InferenceSession:
+    """``written``: where to write the optimized graph, its weights beside it. ``adjust`` has the last word on
+    the options, for measuring others (edgeflow.training.session_options)."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = checks.num_threads()
@@ -184,6 +222,13 @@ def _session(
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
         disabled = ["ConstantFolding"]  # it would turn every float16 or integer weight into float32 at once
+    if written is not None:
+        options.optimized_model_filepath = str(written)
+        entry = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{entry}file_name", f"{written.name}.data")
+        options.add_session_config_entry(f"{entry}min_size_in_bytes", "64")
+    if adjust is not None:
+        adjust(options)
     path = inside(bundle.root, graph.file)
     try:
         session = ort.InferenceSession(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,12 +12,17 @@ from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
 from edgeflow.errors import RuntimeFailure
+from edgeflow.fusions import KINDS, Operations
 from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
 from edgeflow.spec import GraphSpec
 
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle
+
+
+#: What holds or hands over values and computes nothing.
+_PASSIVE = ("Constant", "Const", "Parameter", "Input", "Result", "Output")
 
 
 class OpenVinoRuntime:
@@ -46,6 +52,28 @@ class OpenVinoRuntime:
         spec = bundle.graph(graph)
         return cls({graph: spec}, {graph: _compile(ov.Core(), bundle, spec)})
 
+    @classmethod
+    def operations(cls, bundle: Bundle, graph: str) -> Operations:
+        """What the compiled program runs; fused are those that stand for two stored operations or more."""
+        checks.expect_bundle(cls.name, bundle)
+        core, spec = ov.Core(), bundle.graph(graph)
+        model = core.read_model(str(inside(bundle.root, spec.file)))
+        stored = {op.get_friendly_name(): op.get_type_name() for op in model.get_ops()}
+        run: Counter[str] = Counter()
+        fused: Counter[str] = Counter()
+        whole: Counter[str] = Counter()  # stored operation → how many of what runs it is part of
+        for node in _compile(core, bundle, spec).get_runtime_model().get_ordered_ops():
+            facts = node.get_rt_info()
+            kind, names = (str(facts[key].astype(str)) for key in ("layerType", "originalLayersNames"))
+            run[kind] += kind not in _PASSIVE
+            known = [name for name in names.split(",") if stored.get(name, "Constant") not in _PASSIVE]
+            fused[kind] += len(known) > 1
+            whole.update(known)
+        ones = Counter(stored[name] for name, parts in whole.items() if parts == 1)
+        kinds = {kind: sum(ones[name] for name in names) for kind, names in KINDS.items()}
+        count = sum(kind not in _PASSIVE for kind in stored.values())
+        return Operations(count, run.total(), kinds, {name: n for name, n in fused.most_common() if n})
+
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Named arrays to named arrays; see ``edgeflow.spec.GraphSpec`` for the names and shapes."""
         spec = checks.pick_graph(self._graphs, graph)
@@ -60,7 +88,10 @@ class OpenVinoRuntime:
         return checks.collect(self.name, spec, results)
 
 
-def _compile(core: ov.Core, bundle: Bundle, graph: GraphSpec) -> ov.CompiledModel:
+def _compile(
+    core: ov.Core, bundle: Bundle, graph: GraphSpec, more: Mapping[str, Any] | None = None
+) -> ov.CompiledModel:
+    """``more`` has the last word on the properties (edgeflow.training.session_options measures others)."""
     path = inside(bundle.root, graph.file)
     config = {
         # Some CPUs run bfloat16 by default, which parity would report as an export's fault.
@@ -74,7 +105,7 @@ def _compile(core: ov.Core, bundle: Bundle, graph: GraphSpec) -> ov.CompiledMode
         # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
         config["LP_TRANSFORMS_MODE"] = "NO"
     try:
-        model = core.compile_model(str(path), "CPU", config)
+        model = core.compile_model(str(path), "CPU", {**config, **(more or {})})
     except RuntimeError as error:
         raise RuntimeFailure(f"runtime openvino: {path}: could not be loaded: {_reason(error)}") from error
     inputs, outputs = (

@@ -69,6 +69,26 @@ if TYPE_CHECKING:
     help="How many of the model's prompts the bundle's reference holds; on them every value is checked to "
     "be finite.  [default: 4, or 1 for a model of a GiB or more]",
 )
+@click.option(
+    "--attention",
+    default="fused",
+    show_default=True,
+    metavar="NAME",
+    help="For coreml: fused, one operation where the target has it (iOS18), or split-einsum, the layout of "
+    "Apple's Neural Engine.",
+)
+@click.option(
+    "--target",
+    metavar="SYSTEM",
+    help="For coreml: the earliest system that runs it, iOS15 to iOS18 or macOS12 to macOS15.  "
+    "[default: the earliest that has what the program needs]",
+)
+@click.option(
+    "--chunks",
+    type=int,
+    metavar="N",
+    help="For coreml's components: the UNet in 1 or 2 packages.  [default: 2 for iOS from a GB on, else 1]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, with what it will take, and write nothing.")
 @click.option("--parity/--no-parity", default=True, help="Measure the bundles against PyTorch afterwards.")
 @change_options
@@ -84,6 +104,9 @@ def command(
     picture: str,
     strict: bool,
     num_prompts: int | None,
+    attention: str,
+    target: str | None,
+    chunks: int | None,
     dry_run: bool,
     parity: bool,
     changes: dict[str, Any],
@@ -104,9 +127,11 @@ def command(
     Exit codes: 0 done, 1 failed, 2 usage, 3 a parity gate failed (the bundles are written all the same),
     4 a backend is not installed.
     """
+    from edgeflow.apple import AppleSettings
     from edgeflow.export import export_model, plan, plan_of
 
-    jobs = plan(backends, precisions, layouts, picture)
+    apple = AppleSettings(attention, target, chunks)
+    jobs = plan(backends, precisions, layouts, picture, apple)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(opened(model, changes))
         planned = plan_of(checkpoint, jobs, out, num_prompts, parity=parity)
@@ -124,6 +149,7 @@ def command(
             force=force,
             strict=strict,
             num_prompts=num_prompts,
+            apple=apple,
             progress=say,
         )
         report = None

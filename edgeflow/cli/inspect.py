@@ -18,9 +18,15 @@ if TYPE_CHECKING:
     epilog=options.example("edgeflow inspect emoji", "edgeflow inspect bundles/onnx-pipeline-fp32"),
 )
 @click.argument("path", metavar="PATH_OR_NAME")
+@click.option(
+    "--fused/--no-fused",
+    default=None,
+    help="Count the operations of a bundle's graphs where they run, and how many of them are fused.  "
+    "[default: graphs up to 256 MiB]",
+)
 @options.json_option
 @options.verbosity
-def command(path: str, as_json: bool) -> None:
+def command(path: str, fused: bool | None, as_json: bool) -> None:
     """Say what a checkpoint or a bundle is: parts, sizes, inputs, licence, hashes.
 
     PATH_OR_NAME is a built-in model (emoji), a checkpoint folder, a hub id, or an exported bundle. Opening
@@ -30,7 +36,7 @@ def command(path: str, as_json: bool) -> None:
     """
     from edgeflow.inspect import describe
 
-    facts = describe(path)
+    facts = describe(path, fused=fused)
     if as_json:
         options.print_json(facts)
         return
@@ -68,6 +74,7 @@ def _bundle_tables(facts: dict[str, Any]) -> list[Table]:
         "backend": facts["backend"],
         "precision": facts["precision"],
         "layout": facts["layout"],
+        **facts["settings"],
         "model": model.get("name"),
         "picture": _picture(model),
         "latent": _latent(model),
@@ -85,13 +92,29 @@ def _bundle_tables(facts: dict[str, Any]) -> list[Table]:
     for graph in facts["graphs"]:
         tensors = [("in", t) for t in graph["inputs"]] + [("out", t) for t in graph["outputs"]]
         for i, (way, t) in enumerate(tensors):
-            first = (graph["name"], graph["file"]) if i == 0 else ("", "")
+            files = " + ".join(graph["chunks"]) or graph["file"]
+            first = (graph["name"], files) if i == 0 else ("", "")
             graphs.add_row(*first, way, t["name"], _shape(t["shape"]), t["dtype"], t["key"])
         graphs.add_section()
     files = _table("file", "size", "sha256", right=("size",))
     for name, entry in facts["files"].items():
         files.add_row(name, size(entry["bytes"]), entry["sha256"])
-    return [_facts(f"bundle {facts['path']}", shown), graphs, files]
+    tables = [_facts(f"bundle {facts['path']}", shown), graphs]
+    if facts["operations"]:
+        tables.append(_operations(facts["operations"]))
+    return [*tables, files]
+
+
+def _operations(graphs: dict[str, Any]) -> Table:
+    """Operations of each graph as stored and as run, and what runs as one."""
+    kinds = list(next(iter(graphs.values()))["kinds"])
+    numbers = ("stored", "run", *kinds)
+    table = _table("operations", *numbers, "fused where they run", right=numbers)
+    for name, found in graphs.items():
+        fused = ", ".join(f"{count} {kind}" for kind, count in found["fused"].items())
+        counts = [found["stored"], found["run"], *found["kinds"].values()]
+        table.add_row(name, *map(str, counts), fused)
+    return table
 
 
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:

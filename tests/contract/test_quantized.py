@@ -168,10 +168,15 @@ def read_coreml(path: Path) -> list[Weight]:
     operations = [op for op in read_package(path).operations if op.type.startswith("constexpr")]
     found = []
     for op, bits in zip(operations, _coreml_bits(path), strict=True):
-        assert op.type == "constexpr_blockwise_shift_scale"
         values = {
             name: given[0].value for name, given in op.parameters.items() if isinstance(given[0], Constant)
         }
+        if op.type == "constexpr_affine_dequantize":  # before iOS 18
+            q, scale = values["quantized_data"], values["scale"]
+            assert not values["zero_point"].any() and values["axis"] == 0 and scale.shape == q.shape[:1]
+            found.append(key(q, scale.reshape(-1, *(1,) * (q.ndim - 1)), None, bits))
+            continue
+        assert op.type == "constexpr_blockwise_shift_scale"
         found.append(key(values["data"], values["scale"], values.get("offset"), bits))
     return found
 
@@ -183,11 +188,13 @@ def _coreml_bits(path: Path) -> list[int]:
     widths = {ct.proto.MIL_pb2.INT4: 4, ct.proto.MIL_pb2.INT8: 8}
     main = ct.models.utils.load_spec(str(path)).mlProgram.functions["main"]
     operations = main.block_specializations[main.opset].operations
-    values = [
-        op.attributes["data"] if "data" in op.attributes else op.inputs["data"].arguments[0].value
-        for op in operations
-        if op.type.startswith("constexpr")
-    ]
+    values = []
+    for op in operations:
+        if op.type.startswith("constexpr"):
+            name = "data" if op.type.endswith("shift_scale") else "quantized_data"
+            values.append(
+                op.attributes[name] if name in op.attributes else op.inputs[name].arguments[0].value
+            )
     return [widths[value.type.tensorType.dataType] for value in values]
 
 
@@ -429,14 +436,17 @@ def test_without_the_float_checkpoint_what_is_rounded_is_not_gated(rounded: Any)
 
 
 def palettes_of(path: Path) -> collections.Counter[Weight]:
-    """Indices and table of each constexpr_lut_to_dense, with the bits that the package gives an index."""
+    """Indices and table of each constexpr_lut_to_dense, in the form of iOS 16: packed, with their shape."""
     from edgeflow.runtimes.mil_reader import Constant, read_package
 
     found: collections.Counter[Weight] = collections.Counter()
     for op in read_package(path).operations:
         if op.type == "constexpr_lut_to_dense":
-            bound = (op.parameters[name][0] for name in ("indices", "lut"))
-            indices, table = (b.value for b in bound if isinstance(b, Constant))
+            bound = (op.parameters[name][0] for name in ("indices", "lut", "shape"))
+            packed, table, shape = (b.value for b in bound if isinstance(b, Constant))
+            bits, count = len(table).bit_length() - 1, int(np.prod(shape))
+            flat = np.unpackbits(packed, bitorder="little")[: bits * count].reshape(count, bits)
+            indices = (flat @ (1 << np.arange(bits))).astype(np.uint8).reshape(tuple(shape))
             found[indices.shape, indices.tobytes(), table.astype(np.float32).tobytes()] += 1
     return found
 
