@@ -175,17 +175,21 @@ _ADDED = ("scale_shift", "scale_start", "scale_zero")
 
 
 @torch.no_grad()
-def fake_quantize_layer(layer: nn.Module, scheme: str, *, learned: bool) -> None:
+def fake_quantize_layer(
+    layer: nn.Module, scheme: str, *, learned: bool, start: tuple[Tensor, Tensor | None] | None = None
+) -> None:
     """Turn a linear, convolution or embedding into one that runs through ``scheme``'s integers, in place.
 
-    With ``learned`` scales are parameters, from the fitted ones on; otherwise they follow the weight.
+    With ``learned`` scales are parameters, from ``start`` (scale and zero point) on, or from the fitted ones;
+    otherwise they follow the weight.
     """
     this: Any = layer
-    start = shift = zero = None
+    begin = shift = zero = None
     if learned:
-        start, zero = fitted(this.weight.detach().contiguous(), SCHEMES[scheme])
-        shift = nn.Parameter(torch.zeros_like(start))
-    this.register_buffer("scale_start", start)
+        begin, zero = start or fitted(this.weight.detach().contiguous(), SCHEMES[scheme])
+        begin, zero = (None if t is None else t.to(this.weight.device) for t in (begin, zero))
+        shift = nn.Parameter(torch.zeros_like(begin))
+    this.register_buffer("scale_start", begin)
     this.register_parameter("scale_shift", shift)
     this.register_buffer("scale_zero", zero)
     this.scheme = scheme

@@ -181,6 +181,34 @@ def test_training_brings_the_latents_nearer(tiny_checkpoint: Path, tmp_path: Pat
     assert loss() < 0.95 * before
 
 
+def test_it_may_begin_at_the_integers_of_gptq(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Before the first step the layers run with the integers that ``edgeflow quantize`` writes."""
+    from edgeflow.quantization.apply import load_integers, quantize_checkpoint
+    from edgeflow.quantization.calibration import SEED, Calibration
+
+    source, recipe = Checkpoint.open(tiny_checkpoint), read_recipe("w4g32")
+    calibration = Calibration(tuple(CAPTIONS), 4, SEED)
+    found = dataclasses.replace(recipe, rounding="gptq")
+    quantize_checkpoint(source, found, tmp_path / "gptq", calibration=calibration)
+    written = Checkpoint.open(tmp_path / "gptq")
+    cfg = dataclasses.replace(config(batch_size=2), start="gptq", start_pictures=4, perceptual_weight=0.0)
+    objective = QatObjective(cfg, source, recipe, CAPTIONS, torch.device("cpu"))
+    checked = 0
+    for component, part in (("text_encoder", "text_encoder"), ("unet", "unet"), ("decoder", "vae")):
+        stored = load_integers(written, part)
+        for name, inner in objective.layers[component].items():
+            layer: Any = objective.trained[component].get_submodule(inner)
+            if isinstance(layer, nn.Embedding):  # rounded to nearest by GPTQ, to fitted scales here
+                continue
+            q, scale, _ = layer.integers()
+            assert np.array_equal(q.numpy(), stored[name]["q"]), name
+            assert np.array_equal(scale.numpy(), stored[name]["scale"].astype(np.float32)), name
+            checked += 1
+    assert checked > 50
+    biases = objective.trained["unet"].state_dict()
+    assert torch.equal(biases["conv_out.bias"], load_part(written, "unet").state_dict()["conv_out.bias"])
+
+
 def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ask = Request("qat", "tiny", tmp_path / "out", source=tiny_checkpoint)
     with pytest.raises(UsageError, match=r"needs --recipe NAME\|FILE, captions: --pairs DIR"):
@@ -189,6 +217,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path,
     ask = dataclasses.replace(ask, prompts=tmp_path / "prompts.txt", recipe="w4g32")
     with pytest.raises(ConfigError, match="scales: expected learned or weights, got 'both'"):
         run_stage(dataclasses.replace(ask, overrides=("scales=both",)))
+    with pytest.raises(ConfigError, match="start: expected float or gptq, got 'middle'"):
+        run_stage(dataclasses.replace(ask, overrides=("start=middle",)))
+    with pytest.raises(ConfigError, match="start: gptq: expected scales to be learned, got 'weights'"):
+        run_stage(dataclasses.replace(ask, overrides=("start=gptq", "scales=weights")))
     still = {
         "schema": 1,
         "name": "still",
