@@ -2,7 +2,7 @@
 
 Rounding to nearest starts from weights and their own scales. GPTQ's integers draw nearer pictures, but a
 weight in the middle of its step has half a step to go before anything changes. So each weight is put where it
-was, or as near to it as its integer allows: rounded to nearest it gives GPTQ's integer, and one that GPTQ moved
+was, or as near to it as its integer allows: rounded to nearest it gives GPTQ's integer; one that GPTQ moved
 lies nearer to the border that it crossed.
 """
 
