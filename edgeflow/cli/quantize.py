@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -217,7 +219,8 @@ def _features() -> Features:
     """The network of the training losses; another one judges quality. Raises BackendMissing."""
     from edgeflow.training.losses import LiteFeatures
 
-    return LiteFeatures()
+    with contextlib.redirect_stdout(sys.stderr):  # the package says there that it has loaded
+        return LiteFeatures()
 
 
 def _print_curve(found: Found) -> None:
@@ -239,7 +242,10 @@ def _print_curve(found: Found) -> None:
         row = [f"{value:.1f}" for value in psnr if value is not None]
         row += [f"{x:.4f}" for x in (p.predicted_feature, p.feature, p.fresh_feature) if x is not None]
         table.add_row("→" if p.chosen else "", f"{p.size_mib:.2f}", f"{p.average_bits:.2f}", *row)
-    Console(highlight=False, markup=False).print(table)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 240  # a pipe's reader gets whole lines
+    console.print(table)
 
 
 def _bytes(checkpoint: object) -> int:
