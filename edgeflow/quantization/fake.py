@@ -90,7 +90,20 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weight, start, shift, zero = ctx.saved_tensors
     if start is None:  # the scale covers every weight: none is out of range by more than half a step
         return grad, None, None, None, None
-    how, scale = SCHEMES[ctx.scheme], _stored(start * torch.exp(GAIN * shift))
+    by_weight, by_shift = fake_quantize_backward(grad, weight, ctx.scheme, start, shift, zero)
+    return by_weight, None, None, by_shift, None
+
+
+@torch.library.custom_op("edgeflow::fake_quantize_backward", mutates_args=())
+def fake_quantize_backward(
+    grad: Tensor, weight: Tensor, scheme: str, start: Tensor, shift: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight, in its shape and strides, and of the shift, where the scale is learned.
+
+    One op to the compiler too: a network has hundreds of layers, and compiling the arithmetic of each took
+    longer than training.
+    """
+    how, scale = SCHEMES[scheme], _stored(start * torch.exp(GAIN * shift))
     wide = _spread(scale, weight)
     steps, offset = weight / wide, 0.0 if zero is None else _spread(zero.float(), weight)
     level = torch.round(steps) + offset
@@ -98,7 +111,14 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # d(q·s)/ds = q − w/s inside the range, the limit outside (LSQ, equation 3)
     by_scale = level.clamp(how.quant_min, how.quant_max) - offset - torch.where(inside, steps, 0.0)
     moved = _over_blocks(grad * by_scale, scale) * scale * GAIN
-    return torch.where(inside, grad, 0.0), None, None, moved, None
+    return torch.empty_like(weight).copy_(torch.where(inside, grad, 0.0)), moved
+
+
+@fake_quantize_backward.register_fake
+def _(
+    grad: Tensor, weight: Tensor, scheme: str, start: Tensor, shift: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(shift)
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_keep)
