@@ -28,6 +28,7 @@ from edgeflow.quantization.fake import (
 from edgeflow.quantization.layers import dequantize
 from edgeflow.quantization.recipe import parse_recipe, read_recipe
 from edgeflow.quantization.schemes import SCHEMES, quantize
+from edgeflow.training.gradient_noise import agreement
 from edgeflow.training.loop import start_run, train
 from edgeflow.training.pair_shards import Shard, shard_path, write_shard
 from edgeflow.training.presets import PRESETS
@@ -231,6 +232,23 @@ def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path,
     with pytest.raises(ConfigError, match="still: expected a recipe that quantizes a layer, got none"):
         run_stage(dataclasses.replace(ask, recipe=str(tmp_path / "still.json")))
     assert not (tmp_path / "out").exists()
+
+
+def test_gradients_of_equal_batches_are_equal_and_of_others_alike(tiny_checkpoint: Path) -> None:
+    """The same batch twice has a cosine of 1, two batches have less."""
+    cfg = config(batch_size=2)
+    objective = QatObjective(
+        cfg, Checkpoint.open(tiny_checkpoint), read_recipe("w4g32"), CAPTIONS, torch.device("cpu")
+    )
+    found = agreement(objective, 2)
+    assert objective.config == cfg and list(found) == ["latent", "picture", "perceptual"]
+    assert found["latent"]["decoder"] == (0.0, 0.0)  # latents say nothing of it
+    assert all(found[t]["unet"][0] > 0 and -1 < found[t]["unet"][1] < 0.999 for t in found)
+    fixed = torch.randn(2, *objective.shape)
+    objective.draw.normal = lambda *shape: fixed  # type: ignore[method-assign]
+    objective.draw.index = lambda count: torch.tensor([0, 1])  # type: ignore[method-assign]
+    same = agreement(objective, 2)
+    assert all(same[t]["unet"][1] > 0.9999 for t in same)
 
 
 def test_captions(tmp_path: Path) -> None:
