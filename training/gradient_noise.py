@@ -1,4 +1,4 @@
-"""How much of a batch's gradient is signal: how alike two batches' gradients are, for each term of qat's loss.
+"""How much of a batch's gradient is signal: how alike two batches' gradients are, for each term of the loss.
 
     python -m edgeflow.training.gradient_noise emoji --recipe w4g32 --prompts captions.txt --batch-size 8
 
