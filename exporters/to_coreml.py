@@ -22,6 +22,7 @@ import coremltools as ct  # noqa: E402
 
 from edgeflow.errors import ExportError  # noqa: E402
 from edgeflow.exporters import coreml_chunks, coreml_dequantize  # noqa: E402
+from edgeflow.exporters.coreml_names import shorten_constants  # noqa: E402
 from edgeflow.exporters.layouts import APPLE, graph_spec  # noqa: E402
 from edgeflow.exporters.program import Program  # noqa: E402
 from edgeflow.exporters.regions import Op, wide_ops  # noqa: E402
@@ -132,6 +133,7 @@ def _settle_spec(path: Path, spec: GraphSpec) -> None:
         if tensor.key != tensor.name:
             ct.utils.rename_feature(model, tensor.name, tensor.key, rename_outputs=False)
     model.description.metadata.ClearField("userDefined")
+    shorten_constants(model)
     path.unlink()  # the converter makes it readable by its owner alone
     path.write_bytes(model.SerializeToString(deterministic=True))
 

@@ -18,6 +18,7 @@ from edgeflow.bundle import TOKENIZER
 from edgeflow.errors import ExportError
 from edgeflow.exporters.layouts import DIFFUSERS, graph_spec
 from edgeflow.exporters.openvino_dequantize import convert_quantized
+from edgeflow.exporters.openvino_fold import fold_constants
 from edgeflow.exporters.openvino_tokenizer import check_installed, write_tokenizer
 from edgeflow.exporters.program import Program, has_quantized_weights
 from edgeflow.spec import GraphSpec, TensorSpec
@@ -48,6 +49,8 @@ class OpenVinoExporter:
         _make_static(model, spec)
         if layout == COMPONENTS_LAYOUT:
             spec = _take_int64(model, spec)
+        if has_quantized_weights(program):  # the converter has folded the others
+            fold_constants(model)
         _name(model, spec)
         path = folder / spec.file
         path.parent.mkdir(parents=True)
@@ -110,7 +113,7 @@ def _name(model: Any, spec: GraphSpec) -> None:
         for output in op.outputs():
             output.get_tensor().set_names(set())
     for i, op in enumerate(model.get_ordered_ops()):
-        if "/" not in op.get_friendly_name():
+        if "/" not in op.get_friendly_name() or op.get_type_name() == "Constant":
             op.set_friendly_name(f"{op.get_type_name()}_{i}")
     ports: list[tuple[Any, TensorSpec]] = [
         *zip(model.inputs, spec.inputs, strict=True),

@@ -21,16 +21,17 @@ from edgeflow.errors import ConfigError, TrainingError
 from edgeflow.quantization.apply import PLACES, Trained, layers_of, plan_for, quantize_checkpoint
 from edgeflow.quantization.fake import FakeQuantized, fake_quantize_layer, float_state
 from edgeflow.quantization.layers import dequantize
-from edgeflow.quantization.recipe import Recipe, parse_recipe
+from edgeflow.quantization.recipe import Plan, Recipe, parse_recipe
 from edgeflow.quantization.schemes import FLOAT, SCHEMES
 from edgeflow.spec import FIRST_TIMESTEP
 from edgeflow.training.config import to_dict
 from edgeflow.training.corpus import caption_states, encode_captions
 from edgeflow.training.draw import Draw
 from edgeflow.training.loop import averaged_copy
-from edgeflow.training.losses import PerceptualDistance, pseudo_huber
+from edgeflow.training.losses import PerceptualDistance, check_choice, pseudo_huber
 from edgeflow.training.models import load_parts
-from edgeflow.training.qat_inputs import QatConfig
+from edgeflow.training.qat_inputs import STARTS, QatConfig
+from edgeflow.training.qat_start import Start, begin_at, gptq_start
 from edgeflow.training.sampling import seeded_noise, to_uint8
 from edgeflow.training.sheet import draw_sheet, sheet_prompts
 
@@ -52,12 +53,19 @@ class QatObjective:
     ):
         if config.scales not in SCALES:
             raise ConfigError(f"config: scales: expected {' or '.join(SCALES)}, got {config.scales!r}")
+        check_choice("start", config.start, STARTS)
+        if config.start == "gptq" and config.scales != "learned":  # GPTQ's scales cut blocks' ends off
+            raise ConfigError(f"config: start: gptq: expected scales to be learned, got {config.scales!r}")
         self.config, self.source, self.recipe, self.device = config, source, recipe, device
         self.captions = list(captions)
         self.draw = Draw(config.loop.batch_size, device)
         parts = load_parts(source.root)
         torch.manual_seed(config.loop.seed)
         self.latent_scale = float(parts.vae.config.scaling_factor)
+        floats = {"text_encoder": parts.text_encoder, "unet": parts.unet, "vae": parts.vae}
+        plan, start = plan_for(recipe, floats), {}
+        if config.start == "gptq":
+            start = gptq_start(floats, plan, source, self.captions, config.start_pictures)
         self.text = caption_states(parts, self.captions, device)  # the teacher's, once
         self.ids = encode_captions(self.captions, parts.tokenizer_dir, device)
         unet = parts.unet.to(device, memory_format=torch.channels_last)
@@ -65,9 +73,7 @@ class QatObjective:
         self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         teacher = nn.ModuleDict({"unet": unet, "vae": vae})
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-        self.layers = _fake_quantize(
-            {"text_encoder": parts.text_encoder, "unet": unet, "vae": vae}, recipe, config.scales == "learned"
-        )
+        self.layers = _fake_quantize(floats, recipe, plan, config.scales == "learned", start)
         self.trained = nn.ModuleDict(
             {"text_encoder": parts.text_encoder, "unet": unet, "decoder": vae.decoder}
         ).to(device)
@@ -162,13 +168,14 @@ class QatObjective:
         draw_sheet(path, to_uint8(torch.cat(rows)), labels, columns=8)
 
 
-def _fake_quantize(parts: dict[str, nn.Module], recipe: Recipe, learned: bool) -> dict[str, dict[str, str]]:
-    """Put the recipe's fake quantization into the parts, in place.
+def _fake_quantize(
+    parts: dict[str, nn.Module], recipe: Recipe, plan: Plan, learned: bool, start: Start
+) -> dict[str, dict[str, str]]:
+    """Put the recipe's fake quantization into the parts, in place; layers in ``start`` begin at its integers.
 
     Returns component → layer's name in recipes → its name in the trained component's module. Raises
-    ConfigError for a recipe that does not fit the model or quantizes nothing.
+    ConfigError for a recipe that quantizes nothing, or activations.
     """
-    plan = plan_for(recipe, parts)
     taken = {scheme for schemes in plan.schemes.values() for scheme in schemes.values()} - {FLOAT}
     if wrong := sorted(name for name in taken if getattr(SCHEMES[name], "activations", False)):
         raise ConfigError(
@@ -180,7 +187,9 @@ def _fake_quantize(parts: dict[str, nn.Module], recipe: Recipe, learned: bool) -
         found[component] = {}
         for name, layer in layers_of(component, parts[part]).items():
             if (scheme := plan.schemes[component][name]) != FLOAT:
-                fake_quantize_layer(layer, scheme, learned=learned)
+                begun = start.get((component, name))
+                scale = None if begun is None else begin_at(layer, scheme, begun)
+                fake_quantize_layer(layer, scheme, learned=learned, start=scale)
                 inner = names[id(layer)]
                 found[component][name] = inner.removeprefix("decoder.") if part == "vae" else inner
     if not any(found.values()):

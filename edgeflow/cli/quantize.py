@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from edgeflow.quantization.apply import QuantizationReport
     from edgeflow.quantization.goal import Goal
     from edgeflow.quantization.search import Found
+    from edgeflow.quantization.sensitivity import Features, Sensitivity
 
 
 @click.command(
@@ -44,10 +47,18 @@ if TYPE_CHECKING:
 @click.option(
     "--max-drop",
     metavar="METRIC=VALUE",
-    help="Find the smallest recipe whose pictures stay this near the float ones: psnr=DB, worst_psnr=DB.",
+    help="Find the smallest recipe whose pictures stay this near the float ones: psnr=DB, worst_psnr=DB, "
+    "feature=DISTANCE.",
+)
+@click.option(
+    "--error",
+    type=click.Choice(["picture", "feature"]),
+    help="What a layer's error is of: pixels, or features of a network (EfficientNet-Lite0).  "
+    "[default: the goal's own, else picture]",
 )
 @options.count_option(
-    "--num-prompts", "How many of the model's prompts each layer is measured on.  [default: 4]"
+    "--num-prompts",
+    "How many of the model's prompts, or of --calibration's, each layer is measured on.  [default: 4]",
 )
 @click.option(
     "--search",
@@ -118,12 +129,14 @@ def command(
         say = options.spinner(stack)
         if rules is None:
             assert goal is not None
-            found = _search(checkpoint, goal, out.name, search, say)
+            found = _search(checkpoint, goal, out.name, {**search, "calibration": calibration}, say)
             rules = found.recipe
             if folder is not None:
                 with staged_folder(folder, force=force) as stage:
                     found.write(stage)
-        rules, drawn = calibrated_recipe(checkpoint, rules, rounding or rules.rounding, calibration, pictures)
+        method = rounding or rules.rounding
+        prompts = None if found is not None and method == "nearest" else calibration
+        rules, drawn = calibrated_recipe(checkpoint, rules, method, prompts, pictures)
         report = quantize_checkpoint(checkpoint, rules, out, calibration=drawn, force=force, progress=say)
     quantized = Checkpoint.open(out)
     if as_json:
@@ -146,7 +159,8 @@ def _goal(recipe: str | None, search: dict[str, Any]) -> Goal | None:
     if len(asked) + (recipe is not None) != 1:
         known = ", ".join(("--recipe", *names.values()))
         raise UsageError(f"quantize: expected one of {known}, got {', '.join(asked) or 'none'}")
-    only = {"--search": "folder", "--sensitivity": "sensitivity", "--num-prompts": "num_prompts"}
+    only = {"--search": "folder", "--sensitivity": "sensitivity"}
+    only |= {"--num-prompts": "num_prompts", "--error": "error"}
     if not asked:
         if wrong := [flag for flag, key in only.items() if search[key] is not None]:
             raise UsageError(
@@ -154,33 +168,71 @@ def _goal(recipe: str | None, search: dict[str, Any]) -> Goal | None:
             )
         return None
     drop = None if search["max_drop"] is None else parse_drop(search["max_drop"])
+    if drop is not None and search["error"] == "picture" and drop[0] == "feature":
+        raise UsageError("quantize: --error picture: expected feature, as --max-drop asks for")
     return Goal(search["budget_mib"], search["average_bits"], drop)
 
 
 def _search(
     checkpoint: Checkpoint, goal: Goal, name: str, options: dict[str, Any], say: Callable[[str], None]
 ) -> Found:
+    from edgeflow.quantization.prompts import calibration_prompts
     from edgeflow.quantization.search import search
     from edgeflow.quantization.sensitivity import Sensitivity
 
     file, given = options["sensitivity"], options["num_prompts"]
     measured = None if file is None else Sensitivity.read(file)
-    count = given or (len(measured.prompts) if measured else min(4, len(checkpoint.generation.prompts)))
-    return search(checkpoint, goal, name, num_prompts=count, measured=measured, progress=say)
+    prompts = None
+    if options["calibration"] is not None:
+        prompts, _ = calibration_prompts(checkpoint, options["calibration"])
+    known = checkpoint.generation.prompts if prompts is None else prompts
+    count = given or (len(measured.prompts) if measured else min(4, len(known)))
+    features = _features() if _wants_features(goal, options["error"], measured) else None
+    return search(
+        checkpoint,
+        goal,
+        name,
+        num_prompts=count,
+        given=prompts,
+        features=features,
+        measured=measured,
+        progress=say,
+    )
+
+
+def _wants_features(goal: Goal, error: str | None, measured: Sensitivity | None) -> bool:
+    """Whether layers are judged by features: as asked, as the goal is, or as they were measured."""
+    if error is None and goal.drop is None:
+        return measured is not None and measured.error == "feature"
+    return error == "feature" or (goal.drop is not None and goal.drop[0] == "feature")
+
+
+def _features() -> Features:
+    """The network of the training losses; another one judges quality. Raises BackendMissing."""
+    from edgeflow.training.losses import LiteFeatures
+
+    with contextlib.redirect_stdout(sys.stderr):  # the package says there that it has loaded
+        return LiteFeatures()
 
 
 def _print_curve(found: Found) -> None:
     """Size against quality, the chosen point marked."""
     from rich.table import Table
 
-    table = Table(box=None, title="PSNR of the picture against the float model, dB", title_justify="left")
-    titles = ("", "MiB", "bits", "predicted", "measured", "fresh noise", "worst prompt")
+    features = found.sensitivity.error == "feature"
+    title = "PSNR of the picture against the float model, dB" + ("; distance of features" * features)
+    table = Table(box=None, title=title, title_justify="left")
+    titles = ["", "MiB", "bits", "predicted", "measured", "fresh noise", "worst prompt"]
+    if features:
+        del titles[3]
+        titles += ["predicted distance", "measured", "fresh noise"]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for p in found.curve:
         psnr = (p.predicted_psnr_db, p.psnr_db, p.fresh_psnr_db, p.fresh_worst_psnr_db)
-        sizes = (f"{p.size_mib:.2f}", f"{p.average_bits:.2f}")
-        table.add_row("→" if p.chosen else "", *sizes, *(f"{value:.1f}" for value in psnr))
+        row = [f"{value:.1f}" for value in psnr if value is not None]
+        row += [f"{x:.4f}" for x in (p.predicted_feature, p.feature, p.fresh_feature) if x is not None]
+        table.add_row("→" if p.chosen else "", f"{p.size_mib:.2f}", f"{p.average_bits:.2f}", *row)
     terminal.show([table])
 
 

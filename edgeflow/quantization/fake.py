@@ -90,7 +90,20 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weight, start, shift, zero = ctx.saved_tensors
     if start is None:  # the scale covers every weight: none is out of range by more than half a step
         return grad, None, None, None, None
-    how, scale = SCHEMES[ctx.scheme], _stored(start * torch.exp(GAIN * shift))
+    by_weight, by_shift = fake_quantize_backward(grad, weight, ctx.scheme, start, shift, zero)
+    return by_weight, None, None, by_shift, None
+
+
+@torch.library.custom_op("edgeflow::fake_quantize_backward", mutates_args=())
+def fake_quantize_backward(
+    grad: Tensor, weight: Tensor, scheme: str, start: Tensor, shift: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight, in its shape and strides, and of the shift, where the scale is learned.
+
+    One op to the compiler too: a network has hundreds of layers, and compiling the arithmetic of each took
+    longer than training.
+    """
+    how, scale = SCHEMES[scheme], _stored(start * torch.exp(GAIN * shift))
     wide = _spread(scale, weight)
     steps, offset = weight / wide, 0.0 if zero is None else _spread(zero.float(), weight)
     level = torch.round(steps) + offset
@@ -98,7 +111,14 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # d(q·s)/ds = q − w/s inside the range, the limit outside (LSQ, equation 3)
     by_scale = level.clamp(how.quant_min, how.quant_max) - offset - torch.where(inside, steps, 0.0)
     moved = _over_blocks(grad * by_scale, scale) * scale * GAIN
-    return torch.where(inside, grad, 0.0), None, None, moved, None
+    return torch.empty_like(weight).copy_(torch.where(inside, grad, 0.0)), moved
+
+
+@fake_quantize_backward.register_fake
+def _(
+    grad: Tensor, weight: Tensor, scheme: str, start: Tensor, shift: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(shift)
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_keep)
@@ -175,17 +195,21 @@ _ADDED = ("scale_shift", "scale_start", "scale_zero")
 
 
 @torch.no_grad()
-def fake_quantize_layer(layer: nn.Module, scheme: str, *, learned: bool) -> None:
+def fake_quantize_layer(
+    layer: nn.Module, scheme: str, *, learned: bool, start: tuple[Tensor, Tensor | None] | None = None
+) -> None:
     """Turn a linear, convolution or embedding into one that runs through ``scheme``'s integers, in place.
 
-    With ``learned`` scales are parameters, from the fitted ones on; otherwise they follow the weight.
+    With ``learned`` scales are parameters, from ``start`` (scale and zero point) on, or from the fitted ones;
+    otherwise they follow the weight.
     """
     this: Any = layer
-    start = shift = zero = None
+    begin = shift = zero = None
     if learned:
-        start, zero = fitted(this.weight.detach().contiguous(), SCHEMES[scheme])
-        shift = nn.Parameter(torch.zeros_like(start))
-    this.register_buffer("scale_start", start)
+        begin, zero = start or fitted(this.weight.detach().contiguous(), SCHEMES[scheme])
+        begin, zero = (None if t is None else t.to(this.weight.device) for t in (begin, zero))
+        shift = nn.Parameter(torch.zeros_like(begin))
+    this.register_buffer("scale_start", begin)
     this.register_parameter("scale_shift", shift)
     this.register_buffer("scale_zero", zero)
     this.scheme = scheme

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from edgeflow.errors import UsageError
 
-#: Metrics of --max-drop: PSNR of the mean squared error over the prompts, and of the worst prompt's.
-METRICS = ("psnr", "worst_psnr")
+#: What the error of a picture may be: squared difference of pixels, or distance of a network's features.
+ERRORS = PICTURE, FEATURE = ("picture", "feature")
+#: Metrics of --max-drop: PSNR of the mean squared error over the prompts, of the worst prompt's, and the mean
+#: distance of features; with what its limit is a number of.
+METRICS = {"psnr": "DB", "worst_psnr": "DB", FEATURE: "DISTANCE"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Goal:
 
     budget_mib: float | None = None
     average_bits: float | None = None
-    drop: tuple[str, float] | None = None  # a metric and the least it may be, in dB
+    drop: tuple[str, float] | None = None  # a metric and its limit: the least dB, the largest distance
 
     def __str__(self) -> str:
         if self.budget_mib is not None:
@@ -25,6 +28,8 @@ class Goal:
         if self.average_bits is not None:
             return f"least error at {self.average_bits:g} bits a value on average"
         assert self.drop is not None
+        if self.drop[0] == FEATURE:
+            return f"least bytes at a feature distance of {self.drop[1]:g} or less"
         return f"least bytes at {self.drop[0]} of {self.drop[1]:g} dB or more"
 
 
@@ -32,10 +37,10 @@ def parse_drop(text: str) -> tuple[str, float]:
     """``METRIC=VALUE``. Raises UsageError."""
     name, _, value = text.partition("=")
     try:
-        least = float(value)
+        limit = float(value)
     except ValueError:
-        least = math.nan
-    if name not in METRICS or not math.isfinite(least):
-        known = ", ".join(f"{m}=DB" for m in METRICS)
-        raise UsageError(f"--max-drop {text!r}: expected a metric and a number of dB; known: {known}")
-    return name, least
+        limit = math.nan
+    if name not in METRICS or not math.isfinite(limit) or (name == FEATURE and limit < 0):
+        known = ", ".join(f"{metric}={unit}" for metric, unit in METRICS.items())
+        raise UsageError(f"--max-drop {text!r}: expected a metric and its limit; known: {known}")
+    return name, limit

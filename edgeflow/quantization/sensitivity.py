@@ -2,8 +2,9 @@
 
 The one-step generator draws P prompts on fixed noise with every weight in float; then again with one layer's
 weight dequantized from a scheme's integers. The mean squared difference of the pictures, in [0, 1], is the
-layer's error under the scheme. Only what comes after a layer is computed again: the float model's text states
-and latents are kept.
+layer's error under the scheme; or the distance of what a network of features sees in them, where noise that
+hardly moves pixels can weigh the most. Only what comes after a layer is computed again: the float model's
+text states and latents are kept.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from edgeflow.errors import ConfigError
 from edgeflow.loading import load_modules
 from edgeflow.noise import gaussian_noise
 from edgeflow.quantization.apply import PLACES, layers_of
+from edgeflow.quantization.goal import FEATURE, PICTURE
 from edgeflow.quantization.layers import dequantize
 from edgeflow.quantization.schemes import FLOAT, SCHEMES, quantize
 from edgeflow.tokenizer import ClipTokenizer
 
 SCHEMA = 1
+#: Pictures (P, 3, H, W) in [-1, 1] → what a network sees in them.
+Features = Callable[[Tensor], Sequence[Tensor]]
 #: What a layer may be stored as, besides float.
 CANDIDATES = ("w8", "w4g32", "w4g32z")
 #: Added to a prompt's number for the seed of noise that no search has seen.
@@ -38,7 +42,7 @@ FRESH = 1000
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """One layer: scheme → mean squared error of the pictures in [0, 1], for the schemes that divide it."""
+    """One layer: scheme → mean error of the pictures, for the schemes that divide it."""
 
     component: str
     layer: str
@@ -56,6 +60,7 @@ class Sensitivity:
     seeds: tuple[int, ...]
     float_values: int  # values of the graphs outside the layers: biases, norms, position embeddings
     layers: tuple[LayerErrors, ...]
+    error: str = PICTURE  # what the errors are: mean squares of pictures in [0, 1], or distances of features
 
     def write(self, path: Path) -> None:
         text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False)
@@ -81,9 +86,19 @@ class Sensitivity:
 
 
 class Painter:
-    """A float one-step model that draws the same prompts again and again, some layers quantized."""
+    """A float one-step model that draws the same prompts again and again, some layers quantized.
 
-    def __init__(self, checkpoint: Checkpoint, prompts: Sequence[str], seeds: Sequence[int]):
+    ``features`` maps pictures (P, 3, H, W) in [-1, 1] to tensors (P, C, h, w) of unit length over C.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        features: Features | None = None,
+    ):
+        self._see = features
         self._text, self._unet, self._vae = load_modules(checkpoint)
         self._parts = {"text_encoder": self._text, "unet": self._unet, "vae": self._vae}
         self.spec = checkpoint.generation
@@ -101,6 +116,7 @@ class Painter:
         self._states = self._text(self._ids).last_hidden_state
         self._latent = self._latents(self._states)
         self.pictures = self._decoded(self._latent)
+        self._seen = [] if self._see is None else self._see(self.pictures * 2 - 1)
 
     @property
     def float_values(self) -> int:
@@ -112,9 +128,14 @@ class Painter:
             count += sum(p.numel() for n, p in named if n.startswith(prefixes) and id(p) not in weights)
         return count
 
-    @torch.no_grad()
     def error(self, plan: Mapping[str, Mapping[str, str]]) -> Tensor:
         """Mean squared error of each picture (P,), float64, under component → layer → scheme."""
+        return self.errors(plan)[PICTURE]
+
+    @torch.no_grad()
+    def errors(self, plan: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor]:
+        """Errors of each picture (P,), float64, by what they are of: ``picture`` and, with features,
+        ``feature``, the mean over positions of the squared difference, summed over the tensors."""
         with self._quantized(plan):
             if _changes(plan, "text_encoder"):
                 latent = self._latents(self._text(self._ids).last_hidden_state)
@@ -123,7 +144,11 @@ class Painter:
             else:
                 latent = self._latent
             drawn = self._decoded(latent)
-        return (drawn - self.pictures).double().square().mean((1, 2, 3))
+        found = {PICTURE: (drawn - self.pictures).double().square().mean((1, 2, 3))}
+        if self._see is not None:
+            pairs = zip(self._see(drawn * 2 - 1), self._seen, strict=True)
+            found[FEATURE] = sum((a - b).double().square().sum(1).mean((1, 2)) for a, b in pairs)
+        return found
 
     def _latents(self, states: Tensor) -> Tensor:
         t = torch.tensor([self.spec.timestep])
@@ -159,7 +184,10 @@ def _changes(plan: Mapping[str, Mapping[str, str]], component: str) -> bool:
 
 
 def measure(
-    painter: Painter, checkpoint: Checkpoint, progress: Callable[[str], None] = lambda step: None
+    painter: Painter,
+    checkpoint: Checkpoint,
+    progress: Callable[[str], None] = lambda step: None,
+    error: str = PICTURE,
 ) -> Sensitivity:
     """Every layer under every candidate that divides its weight. Deterministic on one machine."""
     found: list[LayerErrors] = []
@@ -169,7 +197,7 @@ def measure(
             progress(f"layer {len(found) + 1} of {count}: {component} {name}")
             shape = tuple(layer.weight.shape)
             errors = {
-                scheme: float(painter.error({component: {name: scheme}}).mean())
+                scheme: float(painter.errors({component: {name: scheme}})[error].mean())
                 for scheme in CANDIDATES
                 if SCHEMES[scheme].divides(shape)
             }
@@ -180,5 +208,6 @@ def measure(
         seeds=painter.seeds,
         float_values=painter.float_values,
         layers=tuple(found),
+        error=error,
         **facts,
     )

@@ -47,8 +47,10 @@ RECIPE: dict[str, Any] = {
     "gates": {"sqnr_db": 0, "psnr_db": 1000},
     "found_by": "a test",
 }
-#: Where each backend keeps weights; ONNX's holds the graph too.
-WEIGHT_FILES = ("model.onnx", "openvino_model.bin", "weight.bin")
+#: What is weighed against theory: the whole graph, but OpenVINO's description, which is text.
+WEIGHED = {"onnx": ("model.onnx",), "openvino": (".bin",), "coreml": ("weight.bin", "model.mlmodel")}
+#: At most so many bytes of OpenVINO's description for each layer of the checkpoint, measured: some 4,500.
+TEXT_BYTES = 6000
 #: Integers, scale, zero point (empty where there is none) and bits of one weight, as bytes with their shapes.
 Weight = tuple[Any, ...]
 
@@ -490,31 +492,41 @@ def test_quantized_bundles_repeat(backend: str, exported: Any, tmp_path: Path) -
 
 
 @pytest.mark.slow  # exports the built-in model on three backends: minutes
+@pytest.mark.parametrize("layout", ["pipeline", "components"])
 @pytest.mark.parametrize("recipe", ["w8", "w4g32"])
-def test_bundles_are_as_large_as_theory_says(recipe: str, tmp_path: Path) -> None:
-    """Integers, scales and what stays float of the pipeline's own layers, to within 5 %.
-
-    OpenVINO's and Core ML's descriptions of the graph lie in files of their own, and are no weights.
-    """
+def test_bundles_are_as_large_as_theory_says(recipe: str, layout: str, tmp_path: Path) -> None:
+    """Integers, scales and what stays float, to within 5 %; OpenVINO's description apart, which is text."""
     quantize_checkpoint(Checkpoint.open("emoji"), read_recipe(recipe), tmp_path / "model")
     model = Checkpoint.open(tmp_path / "model")
-    paths = export_model(model, backends=BACKENDS, precisions=["fp16"], out=tmp_path / "bundles")
-    theory = sum(theory_bytes(model, part, float_bytes=2) for part in ("text_encoder", "unet", "vae"))
+    paths = export_model(
+        model, backends=BACKENDS, precisions=["fp16"], layouts=[layout], out=tmp_path / "bundles"
+    )
+    parts = ("text_encoder", "unet", "vae")
+    theory = sum(theory_bytes(model, part, 2, folded=layout == "pipeline") for part in parts)
+    layers = sum(len(model.quantized_layers(part)) for part in parts)
     for path in paths:
-        files = Bundle.open(path).manifest.files
-        weights = sum(entry.bytes for name, entry in files.items() if name.endswith(WEIGHT_FILES))
-        assert 0.99 < weights / theory < 1.05, f"{path.name}: {weights / theory:.3f}"
+        bundle = Bundle.open(path)
+        files, backend = bundle.manifest.files, bundle.manifest.backend
+        weighed = sum(entry.bytes for name, entry in files.items() if name.endswith(WEIGHED[backend]))
+        text = sum(entry.bytes for name, entry in files.items() if name.endswith(".xml"))
+        print(f"{path.name}: {weighed} of {theory:.0f} bytes, {weighed / theory:.3f}; text {text}")
+        assert 0.99 < weighed / theory < 1.05, f"{path.name}: {weighed / theory:.3f}"
+        assert text < TEXT_BYTES * layers, path.name
 
 
-def theory_bytes(model: Checkpoint, part: str, float_bytes: int) -> float:
-    """Bytes of the part's tensors that the pipeline has: neither the time embedding nor an encoder's."""
+def theory_bytes(model: Checkpoint, part: str, float_bytes: int, *, folded: bool) -> float:
+    """Bytes of the tensors that graphs have: no encoder's, and where ``folded`` no time embedding's."""
+
+    def gone(name: str) -> bool:
+        return folded and "time_emb" in name
+
     layers = model.quantized_layers(part)
     total = 0.0
     for name, layer in layers.items():
-        if "time_emb" not in name:
+        if not gone(name):
             scales = np.prod(layer.scale_shape)
             total += layer.numel * layer.bits / 8 + scales * (float_bytes + layer.zero_point * layer.bits / 8)
     for name, tensor in model.stored_tensors(part).items():
-        if part == "text_encoder" or ("time_emb" not in name and not name.startswith("encoder.")):
+        if part == "text_encoder" or not (gone(name) or name.startswith("encoder.")):
             total += tensor.numel * float_bytes * (name.rpartition(".weight_")[0] not in layers)
     return total

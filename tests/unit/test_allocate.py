@@ -133,8 +133,9 @@ def test_sensitivities_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 def test_drops_are_parsed() -> None:
     assert parse_drop("worst_psnr=28.5") == ("worst_psnr", 28.5)
-    for wrong in ("psnr", "kid=1", "psnr=x", "psnr=nan"):
-        with pytest.raises(UsageError, match="expected a metric and a number of dB; known: psnr=DB"):
+    assert parse_drop("feature=0.02") == ("feature", 0.02)
+    for wrong in ("psnr", "kid=1", "psnr=x", "psnr=nan", "feature=-1"):
+        with pytest.raises(UsageError, match=r"expected a metric and its limit; known: psnr=DB, .*DISTANCE"):
             parse_drop(wrong)
 
 
@@ -220,6 +221,44 @@ def test_the_smallest_that_holds_a_limit(searched: Path, tiny_checkpoint: Path, 
     assert curve[0]["size_mib"] < chosen["size_mib"] < curve[-1]["size_mib"]
 
 
+def test_features_that_are_the_pixels_give_the_error_of_the_pixels(tiny_checkpoint: Path) -> None:
+    """Three channels, and [-1, 1] in place of [0, 1]: twelve times the mean square."""
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    painter = Painter(checkpoint, checkpoint.generation.prompts[:2], (0, 1), lambda pictures: [pictures])
+    errors = painter.errors({"unet": {"conv_in": "w8"}})
+    assert errors["picture"].min() > 0
+    torch.testing.assert_close(errors["feature"], 12 * errors["picture"])
+    assert set(Painter(checkpoint, ("a",), (0,)).errors({})) == {"picture"}
+
+
+def test_a_search_by_features_on_given_prompts(searched: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Layers are measured on the list's first prompts; the limit on the distance holds on fresh noise."""
+    lines = [f"thing {i}" for i in range(64)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    asked = ("--calibration", tmp_path / "list.txt", "--num-prompts", 2)
+    first = ("--average-bits", 5, "--error", "feature", "--search", tmp_path / "first")
+    result = run(tiny_checkpoint, *first, *asked, "-o", tmp_path / "q")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    assert "predicted distance" in result.stdout
+    sensitivity = Sensitivity.read(tmp_path / "first" / "sensitivity.json")
+    assert sensitivity.error == "feature" and list(sensitivity.prompts) == lines[:2]
+    curve = json.loads((tmp_path / "first" / "curve.json").read_text())
+    assert curve[0]["feature"] > 5 * curve[-1]["feature"] > 0 and curve[0]["predicted_psnr_db"] is None
+    limit = (curve[0]["fresh_feature"] + curve[-1]["fresh_feature"]) / 3
+    given = ("--sensitivity", tmp_path / "first" / "sensitivity.json", "--search", tmp_path / "second")
+    result = run(
+        tiny_checkpoint, "--max-drop", f"feature={limit}", *given, *asked, "-o", tmp_path / "smallest"
+    )
+    assert result.exit_code == 0, result.output + str(result.exception)
+    (chosen,) = (p for p in json.loads((tmp_path / "second" / "curve.json").read_text()) if p["chosen"])
+    assert chosen["fresh_feature"] <= limit and curve[0]["size_mib"] < chosen["size_mib"]
+    of_pixels = ("--sensitivity", searched / "search" / "sensitivity.json", "--error", "feature")
+    result = run(tiny_checkpoint, "--average-bits", 5, *of_pixels, "-o", tmp_path / "other")
+    assert "expected errors of the feature, as the goal is, got errors of the picture" in str(
+        result.exception
+    )
+
+
 def test_what_is_wrong_is_said_before_anything_is_measured(
     searched: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -228,7 +267,9 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
         ((), "expected one of --recipe, --budget-mib, --average-bits, --max-drop, got none"),
         (("--budget-mib", 1, "--average-bits", 5), "got --budget-mib, --average-bits"),
         (("--recipe", "w8", "--num-prompts", 2), "--num-prompts: expected one of --budget-mib"),
-        (("--max-drop", "kid=1"), "known: psnr=DB, worst_psnr=DB"),
+        (("--max-drop", "kid=1"), "known: psnr=DB, worst_psnr=DB, feature=DISTANCE"),
+        (("--max-drop", "feature=1", "--error", "picture"), "--error picture: expected feature"),
+        (("--recipe", "w8", "--error", "feature"), "--error: expected one of --budget-mib"),
         (("--budget-mib", 1, "--num-prompts", 99), "expected 1 to 4, the model's own, got 99"),
     ):
         assert said in str(run(tiny_checkpoint, *arguments, *out).exception)

@@ -28,6 +28,7 @@ from edgeflow.quantization.fake import (
 from edgeflow.quantization.layers import dequantize
 from edgeflow.quantization.recipe import parse_recipe, read_recipe
 from edgeflow.quantization.schemes import SCHEMES, quantize
+from edgeflow.training.gradient_noise import agreement
 from edgeflow.training.loop import start_run, train
 from edgeflow.training.pair_shards import Shard, shard_path, write_shard
 from edgeflow.training.presets import PRESETS
@@ -181,6 +182,34 @@ def test_training_brings_the_latents_nearer(tiny_checkpoint: Path, tmp_path: Pat
     assert loss() < 0.95 * before
 
 
+def test_it_may_begin_at_the_integers_of_gptq(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Before the first step the layers run with the integers that ``edgeflow quantize`` writes."""
+    from edgeflow.quantization.apply import load_integers, quantize_checkpoint
+    from edgeflow.quantization.calibration import SEED, Calibration
+
+    source, recipe = Checkpoint.open(tiny_checkpoint), read_recipe("w4g32")
+    calibration = Calibration(tuple(CAPTIONS), 4, SEED)
+    found = dataclasses.replace(recipe, rounding="gptq")
+    quantize_checkpoint(source, found, tmp_path / "gptq", calibration=calibration)
+    written = Checkpoint.open(tmp_path / "gptq")
+    cfg = dataclasses.replace(config(batch_size=2), start="gptq", start_pictures=4, perceptual_weight=0.0)
+    objective = QatObjective(cfg, source, recipe, CAPTIONS, torch.device("cpu"))
+    checked = 0
+    for component, part in (("text_encoder", "text_encoder"), ("unet", "unet"), ("decoder", "vae")):
+        stored = load_integers(written, part)
+        for name, inner in objective.layers[component].items():
+            layer: Any = objective.trained[component].get_submodule(inner)
+            if isinstance(layer, nn.Embedding):  # rounded to nearest by GPTQ, to fitted scales here
+                continue
+            q, scale, _ = layer.integers()
+            assert np.array_equal(q.numpy(), stored[name]["q"]), name
+            assert np.array_equal(scale.numpy(), stored[name]["scale"].astype(np.float32)), name
+            checked += 1
+    assert checked > 50
+    biases = objective.trained["unet"].state_dict()
+    assert torch.equal(biases["conv_out.bias"], load_part(written, "unet").state_dict()["conv_out.bias"])
+
+
 def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ask = Request("qat", "tiny", tmp_path / "out", source=tiny_checkpoint)
     with pytest.raises(UsageError, match=r"needs --recipe NAME\|FILE, captions: --pairs DIR"):
@@ -189,6 +218,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path,
     ask = dataclasses.replace(ask, prompts=tmp_path / "prompts.txt", recipe="w4g32")
     with pytest.raises(ConfigError, match="scales: expected learned or weights, got 'both'"):
         run_stage(dataclasses.replace(ask, overrides=("scales=both",)))
+    with pytest.raises(ConfigError, match="start: expected float or gptq, got 'middle'"):
+        run_stage(dataclasses.replace(ask, overrides=("start=middle",)))
+    with pytest.raises(ConfigError, match="start: gptq: expected scales to be learned, got 'weights'"):
+        run_stage(dataclasses.replace(ask, overrides=("start=gptq", "scales=weights")))
     still = {
         "schema": 1,
         "name": "still",
@@ -199,6 +232,23 @@ def test_what_is_wrong_is_said_before_anything_is_written(tiny_checkpoint: Path,
     with pytest.raises(ConfigError, match="still: expected a recipe that quantizes a layer, got none"):
         run_stage(dataclasses.replace(ask, recipe=str(tmp_path / "still.json")))
     assert not (tmp_path / "out").exists()
+
+
+def test_gradients_of_equal_batches_are_equal_and_of_others_alike(tiny_checkpoint: Path) -> None:
+    """The same batch twice has a cosine of 1, two batches have less."""
+    cfg = config(batch_size=2)
+    objective = QatObjective(
+        cfg, Checkpoint.open(tiny_checkpoint), read_recipe("w4g32"), CAPTIONS, torch.device("cpu")
+    )
+    found = agreement(objective, 2)
+    assert objective.config == cfg and list(found) == ["latent", "picture", "perceptual"]
+    assert found["latent"]["decoder"] == (0.0, 0.0)  # latents say nothing of it
+    assert all(found[t]["unet"][0] > 0 and -1 < found[t]["unet"][1] < 0.999 for t in found)
+    fixed = torch.randn(2, *objective.shape)
+    objective.draw.normal = lambda *shape: fixed  # type: ignore[method-assign]
+    objective.draw.index = lambda count: torch.tensor([0, 1])  # type: ignore[method-assign]
+    same = agreement(objective, 2)
+    assert all(same[t]["unet"][1] > 0.9999 for t in same)
 
 
 def test_captions(tmp_path: Path) -> None:
