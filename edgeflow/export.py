@@ -93,15 +93,15 @@ def export_model(
         arrays, ranges = run("export: reference", tasks.reference, source, graphs, count)
         if strict:
             _check_strict(jobs, ranges)
+        specs: dict[str, list[GraphSpec]] = {job.name: [] for job in jobs}
+        for name in graphs:
+            with _lowering(source, name, isolate) as lower:
+                for job, stage in zip(jobs, stages, strict=True):
+                    if name in LAYOUTS[job.layout]:
+                        progress(f"{job.name}: {name}")
+                        specs[job.name].append(lower(job, stage, ranges[name]))
         for job, stage in zip(jobs, stages, strict=True):
-            specs = []
-            for name in LAYOUTS[job.layout]:
-                progress(f"{job.name}: {name}")
-                what = f"export: {job.exporter.backend}: {name}"
-                wide = overflow.wide_nodes(ranges[name]) if job.precision == "fp16" else Wide()
-                asked = (source, name, job.exporter.backend, stage, job.precision, job.layout, wide)
-                specs.append(run(what, tasks.lower, *asked))
-            _finish_bundle(job, stage, checkpoint, specs, ranges, arrays)
+            _finish_bundle(job, stage, checkpoint, specs[job.name], ranges, arrays)
         progress("done")
     return [out / job.name for job in jobs]
 
@@ -119,6 +119,31 @@ def _here(what: str, function: Callable[..., Any], *args: Any) -> Any:
 
 def _isolated(what: str, function: Callable[..., Any], *args: Any) -> Any:
     return worker.call(what, f"{function.__module__}:{function.__name__}", *args)
+
+
+@contextmanager
+def _lowering(
+    source: tasks.Source, graph: str, isolate: bool
+) -> Iterator[Callable[[_Job, Path, list[Range]], GraphSpec]]:
+    """What lowers a graph for each job in turn: here, or in one process that ends with the block."""
+
+    def asked(job: _Job, stage: Path, ranges: list[Range]) -> tuple[Any, ...]:
+        wide = overflow.wide_nodes(ranges) if job.precision == "fp16" else Wide()
+        return graph, job.exporter.backend, stage, job.precision, job.layout, wide
+
+    if not isolate:
+        yield lambda job, stage, ranges: source.lower(*asked(job, stage, ranges))
+        return
+    with worker.worker(f"export: {graph}") as child:
+        module = f"{tasks.__name__}:Source"
+        child.call(module, source.checkpoint, source.picture, keep=True, names=(graph,), hold=True)
+
+        def lower(job: _Job, stage: Path, ranges: list[Range]) -> GraphSpec:
+            child.what = f"export: {job.exporter.backend}: {graph}"
+            spec: GraphSpec = child.call(".lower", *asked(job, stage, ranges))
+            return spec
+
+        yield lower
 
 
 def _fp32_ops(job: _Job, ranges: Mapping[str, list[Range]]) -> dict[str, tuple[str, ...]]:

@@ -1,18 +1,20 @@
 """The two halves of an export that hold weights: reference outputs, and one graph lowered.
 
-``Source`` keeps what it made where the model is small. Where it is large, each half is called in a process of
-its own (edgeflow.worker) that reads no more than one component's weights and ends with it.
+``Source`` keeps what it made where the model is small. Where it is large, the reference and each graph have a
+process of their own (edgeflow.worker), which ends with them; a graph's reads that graph's weights alone and
+lowers it for every backend that was asked for, from one program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeflow import overflow, registry
 from edgeflow.checkpoint import Checkpoint
+from edgeflow.low_memory import give_back
 from edgeflow.overflow import Range, Wide
 from edgeflow.spec import COMPONENTS, PIPELINE, GraphSpec
 
@@ -39,11 +41,15 @@ def fp32_bytes(checkpoint: Checkpoint) -> dict[str, int]:
 
 @dataclass
 class Source:
-    """Components and programs of a checkpoint, each made once where ``keep``, else anew at every call."""
+    """Components and programs of a checkpoint, each made once where ``keep``, else anew at every call.
+
+    ``names`` are the components that are read together where ``keep``.
+    """
 
     checkpoint: Checkpoint
     picture: str
     keep: bool
+    names: tuple[str, ...] = (*COMPONENTS, PIPELINE)
     _components: dict[str, Component] = field(default_factory=dict)
     _programs: dict[str, Program] = field(default_factory=dict)
 
@@ -54,7 +60,7 @@ class Source:
         if not self.keep:
             return load_components(self.checkpoint, names=(name,))[name]
         if not self._components:
-            self._components = load_components(self.checkpoint)
+            self._components = load_components(self.checkpoint, names=self.names)
         return self._components[name]
 
     def program(self, name: str, component: Component | None = None) -> Program:
@@ -69,6 +75,16 @@ class Source:
         if self.keep:
             self._programs[name] = program
         return program
+
+    def lower(
+        self, graph: str, backend: str, folder: Path, precision: str, layout: str, wide: Wide
+    ) -> GraphSpec:
+        """One graph through one backend, into ``folder``; see edgeflow.registry.Exporter."""
+        program = replace(self.program(graph), wide=wide)
+        try:
+            return registry.exporter(backend).lower(program, folder, precision=precision, layout=layout)
+        finally:
+            give_back()
 
 
 def reference(
@@ -118,13 +134,3 @@ def _outputs(component: Component, program: Program | None, inputs: Any) -> tupl
     if program.spec != component.spec:  # it rounds its picture to bytes
         outputs = component.run(inputs)
     return outputs, found
-
-
-def lower(
-    source: Source, graph: str, backend: str, folder: Path, precision: str, layout: str, wide: Wide
-) -> GraphSpec:
-    """One graph through one backend, into ``folder``; see edgeflow.registry.Exporter."""
-    from dataclasses import replace
-
-    program = replace(source.program(graph), wide=wide)
-    return registry.exporter(backend).lower(program, folder, precision=precision, layout=layout)

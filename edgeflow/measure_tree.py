@@ -78,6 +78,7 @@ def _read_steps(lines: IO[str], step: str, steps: list[dict[str, Any]]) -> None:
         if line.startswith(step):
             what = line.removeprefix(step).strip()
             steps.append({"what": what, "began": time.monotonic(), "peak": 0})
+            print(f"{steps[-1]['began'] - steps[0]['began']:7.1f} s  {what}", file=sys.stderr, flush=True)
         else:
             sys.stderr.write(line)
 
