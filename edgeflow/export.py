@@ -87,7 +87,7 @@ def export_model(
     with _no_trace(out), ExitStack() as stack:
         stages = [stack.enter_context(staged_folder(out / job.name, force=force)) for job in jobs]
         progress("reference pictures")
-        source = tasks.Source(checkpoint, picture, keep=not isolate)
+        source = tasks.Source(checkpoint, picture)
         graphs = tuple(dict.fromkeys(name for job in jobs for name in LAYOUTS[job.layout]))
         count = num_prompts or (1 if isolate else NUM_REFERENCES)
         arrays, ranges = run("export: reference", tasks.reference, source, graphs, count)
@@ -136,7 +136,7 @@ def _lowering(
         return
     with worker.worker(f"export: {graph}") as child:
         module = f"{tasks.__name__}:Source"
-        child.call(module, source.checkpoint, source.picture, keep=True, names=(graph,), hold=True)
+        child.call(module, source.checkpoint, source.picture, (graph,), hold=True)
 
         def lower(job: _Job, stage: Path, ranges: list[Range]) -> GraphSpec:
             child.what = f"export: {job.exporter.backend}: {graph}"

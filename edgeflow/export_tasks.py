@@ -1,8 +1,8 @@
 """The two halves of an export that hold weights: reference outputs, and one graph lowered.
 
-``Source`` keeps what it made where the model is small. Where it is large, the reference and each graph have a
-process of their own (edgeflow.worker), which ends with them; a graph's reads that graph's weights alone and
-lowers it for every backend that was asked for, from one program.
+Where the model is large, the reference and each graph have a process of their own (edgeflow.worker), which
+ends with them, and a ``Source`` in it; a graph's reads that graph's weights alone and lowers it for every
+backend that was asked for, from one program.
 """
 
 from __future__ import annotations
@@ -41,14 +41,10 @@ def fp32_bytes(checkpoint: Checkpoint) -> dict[str, int]:
 
 @dataclass
 class Source:
-    """Components and programs of a checkpoint, each made once where ``keep``, else anew at every call.
-
-    ``names`` are the components that are read together where ``keep``.
-    """
+    """Components and programs of a checkpoint, each made once; ``names`` are the components to read."""
 
     checkpoint: Checkpoint
     picture: str
-    keep: bool
     names: tuple[str, ...] = (*COMPONENTS, PIPELINE)
     _components: dict[str, Component] = field(default_factory=dict)
     _programs: dict[str, Program] = field(default_factory=dict)
@@ -57,24 +53,20 @@ class Source:
         """The component, its picture in float32."""
         from edgeflow.components import load_components
 
-        if not self.keep:
-            return load_components(self.checkpoint, names=(name,))[name]
         if not self._components:
             self._components = load_components(self.checkpoint, names=self.names)
         return self._components[name]
 
-    def program(self, name: str, component: Component | None = None) -> Program:
+    def program(self, name: str) -> Program:
         """The component's program, its picture as asked for."""
         from edgeflow.components import with_picture
         from edgeflow.exporters.program import build_program
 
-        if name in self._programs:
-            return self._programs[name]
-        component = component or self.component(name)
-        program = build_program(with_picture(component, self.picture) if name == PIPELINE else component)
-        if self.keep:
-            self._programs[name] = program
-        return program
+        if name not in self._programs:
+            component = self.component(name)
+            whole = with_picture(component, self.picture) if name == PIPELINE else component
+            self._programs[name] = build_program(whole)
+        return self._programs[name]
 
     def lower(
         self, graph: str, backend: str, folder: Path, precision: str, layout: str, wide: Wide
@@ -110,7 +102,7 @@ def reference(
     ranges: dict[str, list[Range]] = {}
     for graph in (*COMPONENTS, PIPELINE):
         component = source.component(graph)
-        program = source.program(graph, component) if graph in graphs else None
+        program = source.program(graph) if graph in graphs else None
         runs = []
         for sample in samples:
             outputs, found = _outputs(component, program, sample.inputs(graph, spec.timestep))
@@ -121,7 +113,6 @@ def reference(
                 latent = (sample.arrays["noise"] + made["unet/velocity"]) / np.float32(spec.latent_scale)
                 made["decoder/latent"] = latent
         ranges[graph] = overflow.merged(runs)
-        del component, program
     return {f"prompt{i}/{k}": v for i, s in enumerate(samples) for k, v in s.arrays.items()}, ranges
 
 
