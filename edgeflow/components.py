@@ -293,7 +293,7 @@ class Pipeline(nn.Module):
     def forward(self, input_ids: Tensor, noise: Tensor) -> Tensor:
         text = self.text_encoder(input_ids)
         velocity = self.unet(noise, FIRST_TIMESTEP, text, return_dict=False)[0]
-        return _to_unit(self.decoder((noise + velocity) / self.scale))
+        return to_unit(self.decoder((noise + velocity) / self.scale))
 
 
 class BytePipeline(nn.Module):
@@ -307,7 +307,7 @@ class BytePipeline(nn.Module):
         return _to_bytes(self.pipeline(input_ids, noise))
 
 
-def _to_unit(image: Tensor) -> Tensor:
+def to_unit(image: Tensor) -> Tensor:
     """[-1, 1] → [0, 1]."""
     return (image / 2 + 0.5).clamp(0, 1)
 
@@ -380,7 +380,7 @@ def _originals(text: Any, unet: Any, vae: Any, spec: GenerationSpec) -> dict[str
     def pipeline(input_ids: Tensor, noise: Tensor) -> Tensor:
         hidden = text_encoder(input_ids)
         latent = noise + velocity(noise, torch.tensor([spec.timestep]), hidden)
-        return _to_unit(decoder(latent / spec.latent_scale))
+        return to_unit(decoder(latent / spec.latent_scale))
 
     return {"text_encoder": text_encoder, "unet": velocity, "decoder": decoder, PIPELINE: pipeline}
 

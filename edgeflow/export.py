@@ -99,26 +99,25 @@ def export_model(
     with _no_trace(out), ExitStack() as stack:
         stages = [stack.enter_context(staged_folder(out / job.name, force=force)) for job in jobs]
         progress("reference pictures")
-        source = tasks.Source(checkpoint, picture, not isolate, apple.attention)
+        source = tasks.Source(checkpoint, picture, attention=apple.attention)
         graphs = tuple(dict.fromkeys(name for job in jobs for name in LAYOUTS[job.layout]))
         count = num_prompts or (1 if isolate else NUM_REFERENCES)
         arrays, ranges = run("export: reference", tasks.reference, source, graphs, count)
         if strict:
             _check_strict(jobs, ranges)
+        specs: dict[str, list[GraphSpec]] = {job.name: [] for job in jobs}
+        for name in graphs:
+            with _lowering(source, name, isolate) as lower:
+                for job, stage, chosen in zip(jobs, stages, settings, strict=True):
+                    if name in LAYOUTS[job.layout]:
+                        progress(f"{job.name}: {name}")
+                        specs[job.name].append(lower(job, stage, ranges[name], chosen))
         for job, stage, chosen in zip(jobs, stages, settings, strict=True):
-            own = {name: value for name, value in chosen.items() if name != "attention"}  # the program has it
-            specs = []
-            for name in LAYOUTS[job.layout]:
-                progress(f"{job.name}: {name}")
-                what = f"export: {job.exporter.backend}: {name}"
-                wide = overflow.wide_nodes(ranges[name]) if job.precision == "fp16" else Wide()
-                asked = (source, name, job.exporter.backend, stage, job.precision, job.layout, wide, own)
-                specs.append(run(what, tasks.lower, *asked))
             _add_tokenizer(job, stage, checkpoint)
             if hasattr(job.exporter, "finish"):
                 what = f"export: {job.exporter.backend}: tokenizer"
                 run(what, tasks.finish, job.exporter.backend, stage, job.layout)
-            _finish_bundle(job, stage, checkpoint, specs, ranges, arrays, chosen)
+            _finish_bundle(job, stage, checkpoint, specs[job.name], ranges, arrays, chosen)
         progress("done")
     return [out / job.name for job in jobs]
 
@@ -136,6 +135,30 @@ def _here(what: str, function: Callable[..., Any], *args: Any) -> Any:
 
 def _isolated(what: str, function: Callable[..., Any], *args: Any) -> Any:
     return worker.call(what, f"{function.__module__}:{function.__name__}", *args)
+
+
+@contextmanager
+def _lowering(source: tasks.Source, graph: str, isolate: bool) -> Iterator[Callable[..., GraphSpec]]:
+    """What lowers a graph for each job in turn: here, or in one process that ends with the block."""
+
+    def asked(job: _Job, stage: Path, ranges: list[Range], settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        wide = overflow.wide_nodes(ranges) if job.precision == "fp16" else Wide()
+        own = {name: value for name, value in settings.items() if name != "attention"}  # the program has it
+        return graph, job.exporter.backend, stage, job.precision, job.layout, wide, own
+
+    if not isolate:
+        yield lambda *job: source.lower(*asked(*job))
+        return
+    with worker.worker(f"export: {graph}") as child:
+        module = f"{tasks.__name__}:Source"
+        child.call(module, source.checkpoint, source.picture, (graph,), source.attention, hold=True)
+
+        def lower(job: _Job, stage: Path, ranges: list[Range], settings: Mapping[str, Any]) -> GraphSpec:
+            child.what = f"export: {job.exporter.backend}: {graph}"
+            spec: GraphSpec = child.call(".lower", *asked(job, stage, ranges, settings))
+            return spec
+
+        yield lower
 
 
 def _fp32_ops(job: _Job, ranges: Mapping[str, list[Range]]) -> dict[str, tuple[str, ...]]:

@@ -1,19 +1,21 @@
 """The two halves of an export that hold weights: reference outputs, and one graph lowered.
 
-``Source`` keeps what it made where the model is small. Where it is large, each half is called in a process of
-its own (edgeflow.worker) that reads no more than one component's weights and ends with it.
+Where the model is large, the reference and each graph have a process of their own (edgeflow.worker), which
+ends with them, and a ``Source`` in it; a graph's reads that graph's weights alone and lowers it for every
+backend that was asked for, from one program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeflow import overflow, registry
 from edgeflow.apple import FUSED
 from edgeflow.checkpoint import Checkpoint
+from edgeflow.low_memory import give_back
 from edgeflow.overflow import Range, Wide
 from edgeflow.spec import COMPONENTS, PIPELINE, GraphSpec
 
@@ -40,11 +42,11 @@ def fp32_bytes(checkpoint: Checkpoint) -> dict[str, int]:
 
 @dataclass
 class Source:
-    """Components and programs of a checkpoint, each made once where ``keep``, else anew at every call."""
+    """Components and programs of a checkpoint, each made once; ``names`` are the components to read."""
 
     checkpoint: Checkpoint
     picture: str
-    keep: bool
+    names: tuple[str, ...] = (*COMPONENTS, PIPELINE)
     attention: str = FUSED
     _components: dict[str, Component] = field(default_factory=dict)
     _programs: dict[str, Program] = field(default_factory=dict)
@@ -53,24 +55,41 @@ class Source:
         """The component, its picture in float32."""
         from edgeflow.components import load_components
 
-        if not self.keep:
-            return load_components(self.checkpoint, names=(name,), attention=self.attention)[name]
         if not self._components:
-            self._components = load_components(self.checkpoint, attention=self.attention)
+            self._components = load_components(self.checkpoint, names=self.names, attention=self.attention)
         return self._components[name]
 
-    def program(self, name: str, component: Component | None = None) -> Program:
+    def program(self, name: str) -> Program:
         """The component's program, its picture as asked for."""
         from edgeflow.components import with_picture
         from edgeflow.exporters.program import build_program
 
-        if name in self._programs:
-            return self._programs[name]
-        component = component or self.component(name)
-        program = build_program(with_picture(component, self.picture) if name == PIPELINE else component)
-        if self.keep:
-            self._programs[name] = program
-        return program
+        if name not in self._programs:
+            component = self.component(name)
+            whole = with_picture(component, self.picture) if name == PIPELINE else component
+            self._programs[name] = build_program(whole)
+        return self._programs[name]
+
+    def lower(
+        self,
+        graph: str,
+        backend: str,
+        folder: Path,
+        precision: str,
+        layout: str,
+        wide: Wide,
+        settings: Mapping[str, Any] | None = None,
+    ) -> GraphSpec:
+        """One graph through one backend, into ``folder``; see edgeflow.registry.Exporter.
+
+        ``settings`` are the exporter's own, as its constructor takes them.
+        """
+        program = replace(self.program(graph), wide=wide)
+        exporter = registry.exporter(backend, **(settings or {}))
+        try:
+            return exporter.lower(program, folder, precision=precision, layout=layout)
+        finally:
+            give_back()
 
 
 def reference(
@@ -96,7 +115,7 @@ def reference(
     ranges: dict[str, list[Range]] = {}
     for graph in (*COMPONENTS, PIPELINE):
         component = source.component(graph)
-        program = source.program(graph, component) if graph in graphs else None
+        program = source.program(graph) if graph in graphs else None
         runs = []
         for sample in samples:
             outputs, found = _outputs(component, program, sample.inputs(graph, spec.timestep))
@@ -107,7 +126,6 @@ def reference(
                 latent = (sample.arrays["noise"] + made["unet/velocity"]) / np.float32(spec.latent_scale)
                 made["decoder/latent"] = latent
         ranges[graph] = overflow.merged(runs)
-        del component, program
     return {f"prompt{i}/{k}": v for i, s in enumerate(samples) for k, v in s.arrays.items()}, ranges
 
 
@@ -120,28 +138,6 @@ def _outputs(component: Component, program: Program | None, inputs: Any) -> tupl
     if program.spec != component.spec:  # it rounds its picture to bytes
         outputs = component.run(inputs)
     return outputs, found
-
-
-def lower(
-    source: Source,
-    graph: str,
-    backend: str,
-    folder: Path,
-    precision: str,
-    layout: str,
-    wide: Wide,
-    settings: Mapping[str, Any] | None = None,
-) -> GraphSpec:
-    """One graph through one backend, into ``folder``; see edgeflow.registry.Exporter.
-
-    ``settings`` are the exporter's own, as its constructor takes them.
-    """
-    from dataclasses import replace
-
-    program = replace(source.program(graph), wide=wide)
-    return registry.exporter(backend, **(settings or {})).lower(
-        program, folder, precision=precision, layout=layout
-    )
 
 
 def finish(backend: str, folder: Path, layout: str) -> None:

@@ -13,8 +13,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
 
 
 def main(argv: list[str]) -> int:
@@ -25,28 +28,67 @@ def main(argv: list[str]) -> int:
     command = asked.command[1:] if asked.command[:1] == ["--"] else asked.command
     if not command:
         parser.error("expected a command after --")
+    report = watch(command, asked.interval)
+    print(json.dumps(report))
+    return int(report["exit_code"])
+
+
+def watch(
+    command: Sequence[str], interval: float = 0.1, *, stdout: int | IO[str] | None = None, step: str = ""
+) -> dict[str, Any]:
+    """Run ``command`` and report as the module says; its output goes to stderr, or to ``stdout``.
+
+    Where ``step`` is given, a line of the command's stderr that begins with it begins a step: the report's
+    ``steps`` hold what the rest of each such line says, its seconds and its largest sum. Other lines are
+    passed on.
+    """
     before, started = os.getloadavg(), time.monotonic()
-    process = subprocess.Popen(command, stdout=sys.stderr)
+    pipe = subprocess.PIPE if step else None
+    process = subprocess.Popen(command, stdout=stdout or sys.stderr, stderr=pipe, text=True)
+    steps: list[dict[str, Any]] = [{"what": "", "began": started, "peak": 0}]
+    reader = threading.Thread(target=_read_steps, args=(process.stderr, step, steps), daemon=True)
+    if step:
+        reader.start()
     peak: dict[int, int] = {}
-    own: dict[int, int] = {}
+    seen: set[int] = set()
     while process.poll() is None:
         found = {pid: resident_kib(pid) for pid in family(process.pid)}
         peak = max(peak, found, key=lambda sizes: sum(sizes.values()))
-        for pid, size in found.items():
-            own[pid] = max(own.get(pid, 0), size)
-        time.sleep(asked.interval)
+        steps[-1]["peak"] = max(steps[-1]["peak"], sum(found.values()))
+        seen |= set(found)
+        time.sleep(interval)
+    ended = time.monotonic()
+    if step:
+        reader.join()
     report = {
         "exit_code": process.returncode,
-        "wall_s": round(time.monotonic() - started, 1),
+        "wall_s": round(ended - started, 1),
         "peak_rss_mib": round(sum(peak.values()) / 1024),
         "processes_at_peak_mib": [round(size / 1024) for size in peak.values()],
-        "processes": len(own),
+        "processes": len(seen),
         "load_before": [round(x, 1) for x in before],
         "load_after": [round(x, 1) for x in os.getloadavg()],
         "cpus": os.cpu_count(),
     }
-    print(json.dumps(report))
-    return process.returncode
+    return report | {"steps": _lengths(steps, ended)} if step else report
+
+
+def _read_steps(lines: IO[str], step: str, steps: list[dict[str, Any]]) -> None:
+    for line in lines:
+        if line.startswith(step):
+            what = line.removeprefix(step).strip()
+            steps.append({"what": what, "began": time.monotonic(), "peak": 0})
+            print(f"{steps[-1]['began'] - steps[0]['began']:7.1f} s  {what}", file=sys.stderr, flush=True)
+        else:
+            sys.stderr.write(line)
+
+
+def _lengths(steps: list[dict[str, Any]], ended: float) -> list[dict[str, Any]]:
+    ends = [s["began"] for s in steps[1:]] + [ended]
+    return [
+        {"what": s["what"], "seconds": round(end - s["began"], 1), "peak_mib": round(s["peak"] / 1024)}
+        for s, end in zip(steps, ends, strict=True)
+    ]
 
 
 def family(root: int) -> list[int]:

@@ -10,6 +10,8 @@ import gc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgeflow import worker
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
@@ -40,15 +42,30 @@ def isolated_reference(checkpoint: Checkpoint, bundle: Bundle, num_prompts: int 
 
 
 def originals(checkpoint: Checkpoint, samples: tuple[Sample, ...]) -> list[dict[str, NDArray[Any]]]:
-    """For each sample graph → the untouched modules' output; one component's weights at a time."""
-    from edgeflow.components import load_components
+    """For each sample graph → the untouched modules' output; one component's weights at a time.
 
+    The pipeline's is what the components make of each other's outputs. A component that is fed the very array
+    that the reference fed it is not run again.
+    """
+    import torch
+
+    from edgeflow.components import load_components, to_unit
+
+    timestep, scale = checkpoint.generation.timestep, np.float32(checkpoint.generation.latent_scale)
     found: list[dict[str, NDArray[Any]]] = [{} for _ in samples]
-    for graph in (*COMPONENTS, PIPELINE):
+    chains = [{key: sample.arrays[key] for key in ("input_ids", "noise")} for sample in samples]
+    for graph in COMPONENTS:
         component = load_components(checkpoint, names=(graph,))[graph]
-        for sample, own in zip(samples, found, strict=True):
-            inputs = sample.inputs(graph, checkpoint.generation.timestep)
-            own[graph] = component.run_original(inputs)[OUTPUTS[graph]]
+        for sample, own, chain in zip(samples, found, chains, strict=True):
+            fed, chained = (s.inputs(graph, timestep) for s in (sample, replace(sample, arrays=chain)))
+            own[graph] = output = component.run_original(fed)[OUTPUTS[graph]]
+            if not all(np.array_equal(chained[name], array) for name, array in fed.items()):
+                output = component.run_original(chained)[OUTPUTS[graph]]
+            chain[f"{graph}/{OUTPUTS[graph]}"] = output
+            if graph == "unet":
+                chain["decoder/latent"] = (chain["noise"] + output) / scale
         del component
         gc.collect()
+    for own, chain in zip(found, chains, strict=True):
+        own[PIPELINE] = to_unit(torch.from_numpy(chain["decoder/image"])).numpy()
     return found

@@ -23,10 +23,13 @@ from edgeflow.errors import EdgeflowError, RuntimeFailure
 
 
 class Worker:
-    """A child process. Its calls raise the child's EdgeflowError as one with the same words and exit code."""
+    """A child process. Its calls raise the child's EdgeflowError as one with the same words and exit code.
+
+    ``what`` begins the sentence that says how it died; it may be set anew for each call.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], what: str):
-        self._process, self._log, self._what = process, log, what
+        self._process, self._log, self.what = process, log, what
 
     def call(self, target: str, *args: Any, hold: bool = False, **kwargs: Any) -> Any:
         """``target`` is ``module:function``, or ``.method`` of what an earlier call was told to ``hold``.
@@ -39,7 +42,7 @@ class Worker:
             self._process.stdin.flush()
             answer = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            raise RuntimeFailure(f"{self._what}: {self._end()}") from None
+            raise RuntimeFailure(f"{self.what}: {self._end()}") from None
         if answer[0] == "error":
             raise _rebuilt(*answer[1:])
         return answer[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgeflow.errors import ExportError
 from edgeflow.exporters.program import Program
-from edgeflow.overflow import Range
+from edgeflow.overflow import LIMIT, Range
 
 _DTYPES = {"float32": torch.float32, "int32": torch.int32}
 
@@ -61,7 +61,10 @@ def _largest(x: Tensor) -> float:
 
 
 def _inside(op: str, args: list[Any], kwargs: Mapping[str, Any], env: Mapping[Any, Any]) -> float:
-    """The largest value that an operation computes on its way: a norm's squares, an attention's logits."""
+    """The largest value that an operation computes on its way: a norm's squares, an attention's logits.
+
+    Of logits that float16 certainly holds it is a bound, which costs less than the logits.
+    """
     if op == "group_norm":
         x, groups = args[0], args[1]
         x = x.reshape(x.shape[0], groups, -1)
@@ -69,7 +72,10 @@ def _inside(op: str, args: list[Any], kwargs: Mapping[str, Any], env: Mapping[An
     if op == "scaled_dot_product_attention":
         q, k = (t.reshape(-1, *t.shape[-2:]) for t in args[:2])
         scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-        return max(_largest(scale * a @ b.T) for a, b in zip(q, k, strict=True))
+        # A product of two vectors is at most that of their lengths; where that is small, none is computed.
+        lengths = [t.norm(dim=-1).amax(dim=-1) for t in (q, k)]
+        bound = float(scale * (lengths[0] * lengths[1]).amax())
+        return bound if bound <= LIMIT else max(scale * _largest(a @ b.T) for a, b in zip(q, k, strict=True))
     return 0.0
 
 

@@ -13,6 +13,7 @@ from edgeflow.cli import options
 from edgeflow.cli.changes import change_options, opened
 
 if TYPE_CHECKING:
+    from edgeflow.bundle import Bundle
     from edgeflow.export_plan import ExportPlan
     from edgeflow.parity_report import ParityReport
 
@@ -128,6 +129,7 @@ def command(
     4 a backend is not installed.
     """
     from edgeflow.apple import AppleSettings
+    from edgeflow.bundle import Bundle
     from edgeflow.export import export_model, plan, plan_of
 
     apple = AppleSettings(attention, target, chunks)
@@ -152,12 +154,12 @@ def command(
             apple=apple,
             progress=say,
         )
-        report = None
+        bundles, report = [Bundle.open(path) for path in paths], None  # verified once, for both
         if parity:
             from edgeflow.parity import measure
 
-            report = measure(paths, against=checkpoint, progress=say)
-    _print(paths, report, as_json)
+            report = measure(bundles, against=checkpoint, progress=say)
+    _print(bundles, report, as_json)
     if report is not None:
         report.check()
 
@@ -170,9 +172,9 @@ def _print_plan(planned: ExportPlan, as_json: bool) -> None:
     planned.check()
 
 
-def _print(paths: list[Path], report: ParityReport | None, as_json: bool) -> None:
+def _print(opened: list[Bundle], report: ParityReport | None, as_json: bool) -> None:
     """The bundles and their sizes, then the parity report."""
-    bundles = [_facts(path) for path in paths]
+    bundles = [_facts(bundle) for bundle in opened]
     if as_json:
         options.print_json({"bundles": bundles, "parity": report.as_dict() if report else None})
         return
@@ -205,13 +207,10 @@ def _is_half(facts: dict[str, Any]) -> bool:
     return facts["precision"] == "fp16"
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    from edgeflow.bundle import Bundle
-
-    bundle = Bundle.open(path)
+def _facts(bundle: Bundle) -> dict[str, Any]:
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
     return {
-        "path": str(path),
+        "path": str(bundle.root),
         "backend": bundle.manifest.backend,
         "graph": bundle.manifest.layout,
         "precision": bundle.manifest.precision,

@@ -151,9 +151,9 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
 
 
 def spinner(stack: ExitStack) -> Callable[[str], None]:
-    """Tells each step on stderr until the stack ends, where there is a terminal to show it."""
+    """Tells each step on stderr until the stack ends, where there is a terminal to show it; else with -v."""
     if not show_progress():
-        return lambda step: None
+        return lambda step: _LOG.debug("step: %s", step)
     from rich.console import Console
 
     return stack.enter_context(Console(stderr=True).status("opening")).update
