@@ -125,6 +125,8 @@ def load_sdcpp(job: dict[str, Any], clock: Any) -> tuple[Draw, str]:
         vae_decode_only=True,
         verbose=False,
     )
+    if not engine.model:
+        raise ValueError("did not load the model; it builds networks of Stable Diffusion's sizes alone")
     size = job["picture_size"]
 
     def draw() -> Any:

@@ -47,7 +47,7 @@ CLIENTS = {
     for client in (
         Client("optimum", "optimum", "optimum-onnx"),
         Client("genai", "genai", "OpenVINO GenAI"),
-        Client("diffusers", "optimum", "diffusers"),
+        Client("diffusers", "diffusers", "diffusers"),
         Client("sdcpp", "sdcpp", "stable-diffusion.cpp"),
     )
 }
