@@ -64,6 +64,19 @@ def test_onnx_group_norms_are_one_kernel_that_sums_in_float32(
                 assert kinds[node.output[0]] == onnx.TensorProto.FLOAT
 
 
+def test_an_onnx_files_nodes_are_read_without_onnx(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    import onnx
+
+    from edgeflow.runtimes.onnx_nodes import node_types
+
+    path = bundles("onnx") / "onnx-pipeline-fp32" / "pipeline" / "model.onnx"
+    assert list(node_types(path)) == [(n.domain, n.op_type) for n in onnx.load(path).graph.node]
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut off"):
+        list(node_types(cut))
+
+
 def test_inspect_shows_them(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = str(bundles("onnx") / "onnx-components-fp32")
     assert main(["inspect", path, "--json"]) == 0

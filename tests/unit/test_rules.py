@@ -60,7 +60,7 @@ TORCH_SIDE = (
 )
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
 OWN_BACKEND = {
-    "onnx_": {"onnxruntime", "onnx"},  # onnx counts operations, and nothing else
+    "onnx_": {"onnxruntime"},
     "openvino_": {"openvino"},
     "coreml_": {"coremltools", "torch"},
     "mil_": {"coremltools", "torch"},
