@@ -1,8 +1,8 @@
 """Which operations an ONNX file holds, from its bytes: a device that runs one need not have the package onnx.
 
 Protobuf's wire format (protobuf.dev, "Encoding"): each field is a varint of number · 8 + kind; kind 0 is a
-varint, 1 eight bytes, 2 a length and as many bytes, 5 four bytes. ONNX's numbers (onnx.proto): a model's graph
-is 7, a graph's nodes are 1, a node's type is 4 and its domain 7.
+varint, 1 eight bytes, 2 a length and as many bytes, 5 four bytes. ONNX's numbers (onnx.proto): a model's
+graph is 7, a graph's nodes are 1, a node's type is 4 and its domain 7.
 """
 
 from __future__ import annotations
