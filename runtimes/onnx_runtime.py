@@ -16,10 +16,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
-from edgeflow.errors import BackendMissing, DeviceMissing, RuntimeFailure
+from edgeflow.errors import DeviceMissing, RuntimeFailure
 from edgeflow.fusions import Operations, composite, kinds_of
 from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
+from edgeflow.runtimes.onnx_nodes import node_types
 from edgeflow.spec import GraphSpec
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class OnnxRuntime:
 
     @classmethod
     def operations(cls, bundle: Bundle, graph: str) -> Operations:
-        """What a session on the CPU makes of one graph; raises what ``load`` raises, and BackendMissing."""
+        """What a session on the CPU makes of one graph; raises what ``load`` raises."""
         checks.expect_bundle("onnx", bundle)
         spec = bundle.graph(graph)
         with TemporaryDirectory() as folder:
@@ -172,12 +173,8 @@ class _Bound:
 
 def _types(path: Path) -> Counter[str]:
     """Type → how many; of convolutions in blocks of channels ``nchwc:Conv``. Weights are not read."""
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        raise BackendMissing("onnx", "onnx") from error
-    nodes = onnx.load(str(path), load_external_data=False).graph.node
-    return Counter(f"nchwc:{n.op_type}" if n.domain.endswith("nchwc") else n.op_type for n in nodes)
+    nodes = node_types(path)
+    return Counter(f"nchwc:{name}" if domain.endswith("nchwc") else name for domain, name in nodes)
 
 
 def provider_options(provider: str, capture: bool) -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +35,18 @@ _VERSIONS = {"iOS15": 6, "iOS16": 7, "iOS17": 8, "iOS18": 9}
 
 
 @pytest.fixture(scope="module")
-def packages(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """precision → the split-einsum UNet as one package; both are as chunked bundles have them."""
+def packages(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """precision → the split-einsum UNet as one package, as chunked bundles have it; converted once."""
     program = build_program(load_components(checkpoint, names=("unet",), attention="split-einsum")["unet"])
-    folder, made = tmp_path_factory.mktemp("whole"), {}
-    for precision, target in (("fp16", "iOS16"), ("fp32", "iOS15")):
-        (folder / precision).mkdir()
-        spec = CoreMLExporter(target=target).lower(
-            program, folder / precision, precision=precision, layout="components"
-        )
-        made[precision] = folder / precision / spec.file
-    return made
+    targets = {"fp16": "iOS16", "fp32": "iOS15"}
+
+    @functools.cache
+    def package(precision: str) -> Path:
+        folder = tmp_path_factory.mktemp(precision)
+        exporter = CoreMLExporter(target=targets[precision])
+        return folder / exporter.lower(program, folder, precision=precision, layout="components").file
+
+    return package
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +79,9 @@ def spec_of(package: Path) -> Any:
     return ct.models.utils.load_spec(str(package))
 
 
-def test_the_layout_is_the_neural_engines(packages: dict[str, Path]) -> None:
+def test_the_layout_is_the_neural_engines(packages: Callable[[str], Path]) -> None:
     """Heads by einsum, linear layers as 1×1 convolutions; what is left is the time embedding's."""
-    operations = read_package(packages["fp16"]).operations
+    operations = read_package(packages("fp16")).operations
     counts = collections.Counter(op.type for op in operations)
     assert counts["einsum"] == counts["softmax"] * 2 and counts["softmax"] >= 8
     assert not counts["scaled_dot_product_attention"] and not counts["matmul"]
@@ -86,11 +89,14 @@ def test_the_layout_is_the_neural_engines(packages: dict[str, Path]) -> None:
     assert ranks == {2}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp16", pytest.param("fp32", marks=pytest.mark.slow)],  # another conversion
+)
 def test_chunks_are_the_whole_to_the_last_bit(
-    precision: str, packages: dict[str, Path], checkpoint: Checkpoint, tmp_path: Path
+    precision: str, packages: Callable[[str], Path], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    whole = packages[precision]
+    whole = packages(precision)
     parts = [tmp_path / "UnetChunk1.mlpackage", tmp_path / "UnetChunk2.mlpackage"]
     cut(whole, *parts)
     example = load_components(checkpoint, names=("unet",))["unet"].example
@@ -114,12 +120,12 @@ def test_chunks_are_the_whole_to_the_last_bit(
     assert [hashes(p) for p in again] == [hashes(p) for p in parts]
 
 
-def test_coremltools_itself_reads_the_chunks(packages: dict[str, Path], tmp_path: Path) -> None:
+def test_coremltools_itself_reads_the_chunks(packages: Callable[[str], Path], tmp_path: Path) -> None:
     """Its reader builds its own program from each, weights and all, with the types that are declared."""
     from coremltools.converters.mil.frontend.milproto import load as milproto
 
     parts = [tmp_path / "a.mlpackage", tmp_path / "b.mlpackage"]
-    cut(packages["fp16"], *parts)
+    cut(packages("fp16"), *parts)
     descriptions = []
     for part in parts:
         spec = spec_of(part)

@@ -33,10 +33,8 @@ def test_norms_and_attentions_are_the_modules_own(
     backend: str, bundles: Callable[[str], Path], modules: dict[str, int]
 ) -> None:
     (found,) = (fusions(Bundle.open(bundles(backend) / f"{backend}-pipeline-fp32")) or {}).values()
-    norms, attentions = (
-        modules["GroupNorm"] + modules["LayerNorm"],
-        modules["Attention"] + modules["TextLayer"],
-    )
+    norms = modules["GroupNorm"] + modules["LayerNorm"]
+    attentions = modules["Attention"] + modules["TextLayer"]
     assert norms > 20 and attentions > 5
     expected = {  # ONNX Runtime's CPU has no kernel for attention; Core ML takes group norms apart
         "onnx": (norms, 0),
@@ -64,6 +62,19 @@ def test_onnx_group_norms_are_one_kernel_that_sums_in_float32(
         for node in graph.node:
             if node.op_type == "InstanceNormalization":
                 assert kinds[node.output[0]] == onnx.TensorProto.FLOAT
+
+
+def test_an_onnx_files_nodes_are_read_without_onnx(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    import onnx
+
+    from edgeflow.runtimes.onnx_nodes import node_types
+
+    path = bundles("onnx") / "onnx-pipeline-fp32" / "pipeline" / "model.onnx"
+    assert list(node_types(path)) == [(n.domain, n.op_type) for n in onnx.load(path).graph.node]
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut off"):
+        list(node_types(cut))
 
 
 def test_inspect_shows_them(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

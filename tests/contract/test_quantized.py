@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from edgeflow import parity
+from edgeflow.apple import AppleSettings
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import UsageError
 from edgeflow.export import PRECISIONS, export_model
 from edgeflow.parity import measure
-from edgeflow.parity_report import FAIL, LOWERING, PASS, QUANTIZATION, UNGATED, UNMEASURED, render
+from edgeflow.parity_report import FAIL, LOWERING, PASS, QUANTIZATION, REWRITE, UNGATED, UNMEASURED, render
 from edgeflow.quantization.apply import calibrated_recipe, load_integers, quantize_checkpoint
 from edgeflow.quantization.recipe import RECIPES, parse_recipe, read_recipe
 
@@ -225,6 +226,40 @@ def test_artifacts_hold_the_checkpoints_very_bits(backend: str, exported: Any) -
         expected = stored(model_of(bundle))
         assert sum(found.values()) == sum(expected.values())
         assert found == expected, bundle.root.name
+
+
+def test_the_neural_engines_layout_keeps_the_very_bits(exported: Any, tmp_path: Path) -> None:
+    """Linear layers as 1×1 convolutions, the UNet in two packages: integers of the same bytes."""
+    model = model_of(exported("coreml")[0])
+    (path,) = export_model(
+        model,
+        backends=["coreml"],
+        precisions=["fp16"],
+        layouts=["components"],
+        apple=AppleSettings("split-einsum", chunks=2),
+        num_prompts=1,
+        out=tmp_path,
+    )
+    bundle = Bundle.open(path)
+    assert bundle.manifest.settings["target"] == "iOS18"  # some of the weights have four bits
+
+    def flat(weight: Weight) -> Weight:
+        return tuple(p[:2] if isinstance(p, tuple) and p[2:] == (1, 1) else p for p in weight)
+
+    files = [file for graph in bundle.manifest.graphs for file in (graph.chunks or (graph.file,))]
+    weights = [weight for file in files for weight in read_coreml(bundle.root / file)]
+    found = collections.Counter(map(flat, weights))
+    expected: collections.Counter[Weight] = collections.Counter()
+    for part in ("text_encoder", "unet", "vae"):
+        layers = model.quantized_layers(part)
+        for name, layer in load_integers(model, part).items():
+            whole = key(layer["q"], layer["scale"], layer.get("zero_point"), layers[name].bits)
+            expected[flat(whole)] += 1
+    assert found == expected
+    assert sum(len(weight[1]) == 2 for weight in weights) < 0.3 * len(weights)  # embeddings, time
+    report = measure([bundle], against=model, num_prompts=1)
+    gaps = [m for m in report.measurements if m.gap in (REWRITE, LOWERING)]
+    assert len(gaps) == 11 and {m.status for m in gaps} == {PASS}, render(report)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -39,7 +39,7 @@ HEAVY = {
     "torch", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "coremltools",
     "transformers", "diffusers", "safetensors", "huggingface_hub", "accelerate", "webdataset",
 }  # fmt: skip
-_GPU = ("aot_package", "gpu_device", "gpu_precision", "gpu_rewrites")
+_TORCH = ("aot_package", "gpu_device", "gpu_precision", "gpu_rewrites", "split_einsum")
 _TORCH_QUANTIZATION = (
     "allocate",
     "apply",
@@ -54,7 +54,7 @@ _TORCH_QUANTIZATION = (
 #: Parts of edgeflow whose import brings a backend, so the spine may not import them at import time.
 BACKEND_SIDE = (
     "edgeflow.components",
-    *(f"edgeflow.{name}" for name in _GPU),
+    *(f"edgeflow.{name}" for name in _TORCH),
     *(f"edgeflow.quantization.{name}" for name in _TORCH_QUANTIZATION),
     "edgeflow.training",
     "edgeflow.exporters",
@@ -63,7 +63,7 @@ BACKEND_SIDE = (
 #: The spine's files that are torch's side themselves.
 TORCH_SIDE = (
     "edgeflow/components.py",
-    *(f"edgeflow/{name}.py" for name in _GPU),
+    *(f"edgeflow/{name}.py" for name in _TORCH),
     *(f"edgeflow/quantization/{name}.py" for name in _TORCH_QUANTIZATION),
 )
 #: A runtime's file, by how its name begins → what it may import besides NumPy and the standard library.
