@@ -33,7 +33,8 @@ def agreement(objective: QatObjective, batches: int) -> dict[str, dict[str, tupl
 
     Batch b is drawn from the random state of seed b, the same for every term.
     """
-    config, found = objective.config, {}
+    config = objective.config
+    found: dict[str, dict[str, tuple[float, float]]] = {}
     for term in TERMS:
         weights = {f"{name}_weight": float(name == term) for name in TERMS}
         objective.config = dataclasses.replace(config, **weights)

@@ -63,7 +63,8 @@ class QatObjective:
         torch.manual_seed(config.loop.seed)
         self.latent_scale = float(parts.vae.config.scaling_factor)
         floats = {"text_encoder": parts.text_encoder, "unet": parts.unet, "vae": parts.vae}
-        plan, start = plan_for(recipe, floats), {}
+        plan = plan_for(recipe, floats)
+        start: Start = {}
         if config.start == "gptq":
             start = gptq_start(floats, plan, source, self.captions, config.start_pictures)
         self.text = caption_states(parts, self.captions, device)  # the teacher's, once

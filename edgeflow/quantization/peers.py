@@ -246,12 +246,16 @@ def table(rows: list[Row]) -> str:
     """Rows of equal bits together, best median first, as Markdown."""
     lines = ["| bits | tool | setting | worst | median | graph |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: (r.bits, -median(r.psnr_db) if r.psnr_db else 0.0)):
-        figures = row.said or "–"
-        if row.psnr_db and row.graph_bytes is not None:
-            size = f"{row.graph_bytes / 2**20:.2f} MiB"
-            figures = f"{min(row.psnr_db):.1f} dB | {median(row.psnr_db):.1f} dB | {size}"
-        lines.append(f"| {row.bits} | {row.tool} | {row.setting} | {figures} |")
+        lines.append(f"| {row.bits} | {row.tool} | {row.setting} | {_figures(row, ' | ')} |")
     return "\n".join(lines)
+
+
+def _figures(row: Row, between: str) -> str:
+    """Worst and median picture, and the graph's size; or why there are none."""
+    if not row.psnr_db or row.graph_bytes is None:
+        return row.said or "–"
+    size = f"{row.graph_bytes / 2**20:.2f} MiB"
+    return between.join((f"{min(row.psnr_db):.1f} dB", f"{median(row.psnr_db):.1f} dB", size))
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -269,7 +273,7 @@ def main(model: str, num_prompts: int, calibration: str | None, as_json: bool) -
             peers = peer_rows(checkpoint, samples, Path(work))
             ours = our_rows(checkpoint, samples, Path(work), calibration)
             for row in itertools.chain(peers, ours):
-                print(f"{row.tool} {row.setting}: {row.said or 'done'}", file=sys.stderr)
+                print(f"{row.bits} bits, {row.tool}, {row.setting}: {_figures(row, ', ')}", file=sys.stderr)
                 rows.append(row)
     except EdgeflowError as error:
         raise SystemExit(f"Error: {error}") from error

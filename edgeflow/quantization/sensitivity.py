@@ -116,7 +116,7 @@ class Painter:
         self._states = self._text(self._ids).last_hidden_state
         self._latent = self._latents(self._states)
         self.pictures = self._decoded(self._latent)
-        self._seen = [] if self._see is None else self._see(self.pictures * 2 - 1)
+        self._seen: Sequence[Tensor] = () if self._see is None else self._see(self.pictures * 2 - 1)
 
     @property
     def float_values(self) -> int:
