@@ -169,8 +169,10 @@ def _cast_between(graph: ir.Graph, single: set[ir.Node], floats: set[ir.Value]) 
 
 def _halve_initializer(value: ir.Value) -> None:
     assert value.const_value is not None
-    limit = np.finfo(np.float16).max
-    half = np.clip(value.const_value.numpy(), -limit, limit).astype(np.float16)
+    limit = float(np.finfo(np.float16).max)
+    array = value.const_value.numpy()
+    weights = torch.from_numpy(array if array.flags.writeable else array.copy())
+    half = weights.clamp(-limit, limit).half().numpy()  # NumPy rounds a number at a time, torch eight
     value.const_value = ir.tensor(half, name=value.name)
     value.dtype = ir.DataType.FLOAT16
 
