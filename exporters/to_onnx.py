@@ -59,6 +59,8 @@ class OnnxExporter:
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"export: onnx: {spec.name}: the checker refuses the graph: {error}") from error
+        for value in model.graph.initializers.values():
+            value.const_value = None  # torch's exporter keeps the last graph's values, and with them weights
         return spec
 
 
