@@ -23,6 +23,7 @@ import coremltools as ct  # noqa: E402
 from edgeflow.errors import ExportError  # noqa: E402
 from edgeflow.exporters import coreml_chunks, coreml_dequantize  # noqa: E402
 from edgeflow.exporters.coreml_names import shorten_constants  # noqa: E402
+from edgeflow.exporters.coreml_speed import quickly  # noqa: E402
 from edgeflow.exporters.layouts import APPLE, graph_spec  # noqa: E402
 from edgeflow.exporters.program import Program  # noqa: E402
 from edgeflow.exporters.regions import Op, wide_ops  # noqa: E402
@@ -77,14 +78,15 @@ def _convert(program: Program, spec: GraphSpec, precision: str, target: str) -> 
     with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = ct.convert(
-                program.exported.run_decompositions({}),
-                outputs=[ct.TensorType(name=t.key, dtype=np.float32) for t in spec.outputs],
-                convert_to="mlprogram",
-                compute_precision=_compute_precision(precision, program.wide),
-                minimum_deployment_target=getattr(ct.target, target),
-                skip_model_load=True,
-            )
+            with quickly():
+                model = ct.convert(
+                    program.exported.run_decompositions({}),
+                    outputs=[ct.TensorType(name=t.key, dtype=np.float32) for t in spec.outputs],
+                    convert_to="mlprogram",
+                    compute_precision=_compute_precision(precision, program.wide),
+                    minimum_deployment_target=getattr(ct.target, target),
+                    skip_model_load=True,
+                )
         except (NotImplementedError, ValueError, RuntimeError, TypeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ExportError(f"export: coreml: {spec.name}: {reason}") from error

@@ -59,6 +59,8 @@ class OnnxExporter:
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"export: onnx: {spec.name}: the checker refuses the graph: {error}") from error
+        for value in model.graph.initializers.values():
+            value.const_value = None  # torch's exporter keeps the last graph's values, and with them weights
         return spec
 
 
@@ -170,8 +172,10 @@ def _cast_between(graph: ir.Graph, single: set[ir.Node], floats: set[ir.Value]) 
 
 def _halve_initializer(value: ir.Value) -> None:
     assert value.const_value is not None
-    limit = np.finfo(np.float16).max
-    half = np.clip(value.const_value.numpy(), -limit, limit).astype(np.float16)
+    limit = float(np.finfo(np.float16).max)
+    array = value.const_value.numpy()
+    weights = torch.from_numpy(array if array.flags.writeable else array.copy())
+    half = weights.clamp(-limit, limit).half().numpy()  # NumPy rounds a number at a time, torch eight
     value.const_value = ir.tensor(half, name=value.name)
     value.dtype = ir.DataType.FLOAT16
 
