@@ -177,7 +177,7 @@ def _serve(job: dict[str, Any], say: Callable[..., None]) -> None:
     stages = dict.fromkeys(("python", "import", "open", "session", "tokenizer", "first"), 0.0)
     stages["python"] = (_STARTED - job["spawned"]) * 1000
     last = [_STARTED]
-    rss = {}
+    rss: dict[str, float] = {}
 
     def clock(stage: str) -> None:
         now = time.monotonic()

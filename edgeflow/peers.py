@@ -148,8 +148,15 @@ def _exported(model: str, what: str, precision: str, work: Path) -> Path:
     if path.is_dir() and Bundle.open(path).generation.checkpoint_hash == checkpoint.hash:
         return path
     click.echo(f"exporting {path.name}", err=True)
-    asked = {"backends": [backend], "precisions": [precision], "layouts": [layout]}
-    return export_model(checkpoint, out=work, num_prompts=1, force=True, **asked)[0]
+    return export_model(
+        checkpoint,
+        backends=[backend],
+        precisions=[precision],
+        layouts=[layout],
+        out=work,
+        num_prompts=1,
+        force=True,
+    )[0]
 
 
 def _negated(checkpoint: Any, work: Path) -> Path:
