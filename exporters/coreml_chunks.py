@@ -84,7 +84,9 @@ class _Plan:
     def place(self) -> int:
         """How many steps the first half has."""
         sizes = {name: self._size(index) for name, index in self._constants.items()}
-        total, seen, so_far, found = sum(sizes.values()), set(), 0, []
+        total, so_far = sum(sizes.values()), 0
+        seen: set[str] = set()
+        found: list[tuple[float, int]] = []
         for count, step in enumerate(self._steps[:-1], 1):
             new = set(self._needed({step.index})) - seen
             seen |= new

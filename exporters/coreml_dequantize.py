@@ -36,7 +36,7 @@ def edgeflow_dequantize(context: Any, node: Any) -> None:
     q, scale, zero_point, bits = (None if v is None else v.val for v in inputs)
     assert q is not None and bits is not None
     if not _has(ct.target.iOS18):
-        assert int(bits) == 8 and scale.size == q.shape[0] and zero_point is None
+        assert int(bits) == 8 and scale is not None and scale.size == q.shape[0] and zero_point is None
         channels = {"scale": scale.reshape(-1), "zero_point": np.int8(0), "axis": 0}
         weight = mb.constexpr_affine_dequantize(quantized_data=q.astype(np.int8), name=node.name, **channels)
         context.add(weight)

@@ -116,7 +116,9 @@ def _launch(path: str, rounds: int, runs: int) -> dict[str, Any]:
     bundle = Bundle.open(path)
     arrays, fused, spec = bundle.reference(), is_fused(bundle), bundle.generation
     ids, noise = arrays["prompt0/input_ids"], arrays["prompt0/noise"]
-    runtimes, found, expected = {}, {}, None
+    runtimes: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
+    expected = None
     for name in KNOWN[bundle.manifest.backend]:
         start = time.perf_counter()
         runtimes[name] = _opened(bundle, name)
