@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ class Table:
     def pieces(self) -> Iterator[tuple[str, Group, Callable[[], dict[str, Any]]]]:
         """Name, group and measurement of every piece, in order."""
         for group in (Group(*g) for g in GROUPS):
-            yield f"{group.name}.export", group, lambda g=group: self.export(g)
+            yield f"{group.name}.export", group, partial(self.export, group)
             for backend in self.backends:
-                yield f"{group.name}.{backend}", group, lambda g=group, b=backend: self.picture(g, b, False)
+                yield f"{group.name}.{backend}", group, partial(self.picture, group, backend, False)
                 if group.graph == "components" and backend != "coreml":
                     name = f"{group.name}.{backend}-low-memory"
-                    yield name, group, lambda g=group, b=backend: self.picture(g, b, True)
+                    yield name, group, partial(self.picture, group, backend, True)
 
     def file(self, piece: str) -> Path:
         return self.out / f"{piece}.json"
@@ -112,7 +113,7 @@ class Table:
         asked = [f for b in self.backends for f in ("--to", b)]
         asked += ["--precision", group.precision, "--graph", group.graph, "--force", "--json", "-v"]
         row, said = self._watched(["export", model, *asked, "-o", str(self.bundles(group))], STEP)
-        return row | {"said": said, "fp32_ops": {}} if said is None else row | {"said": said}
+        return row | {"said": said}
 
     def picture(self, group: Group, backend: str, low_memory: bool) -> dict[str, Any]:
         """One picture from a prompt, loading included, and how large the largest graph's files are."""
