@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from edgeflow.quantization.recipe import Recipe
+
+# A shell ignores SIGINT in what it puts into the background, and so would every process tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CAPTIONS = (
     "grinning face with big eyes, noto style",
@@ -66,3 +75,15 @@ def build_tiny_checkpoint(folder: Path, seed: int = 0, kind: str = "one-step") -
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A narrow one-step checkpoint folder. Read-only: copy it before changing anything."""
     return build_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def int4_recipe() -> Recipe:
+    """Every layer in int4 whose channels divide into groups, rounded to nearest."""
+    from edgeflow.quantization.recipe import parse_recipe
+
+    rules = [
+        {"component": part, "pattern": "*", "scheme": "w4g32", "fallback": "w8"}
+        for part in ("text_encoder", "unet", "decoder")
+    ]
+    return parse_recipe({"schema": 1, "name": "int4", "rules": rules}, "int4")

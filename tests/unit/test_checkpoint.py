@@ -91,6 +91,7 @@ def test_an_autoencoder_kl_gives_its_own_size_and_scale(own_checkpoint: Path, sc
 
 def test_a_published_folder_is_read_from_its_pipeline_class(own_checkpoint: Path) -> None:
     (own_checkpoint / "edgeflow.json").unlink()
+    edit(own_checkpoint / "model_index.json", _class_name="RectifiedFlowPipeline")
     (own_checkpoint / "README.md").write_text("---\nlicense: cc-by-nc-4.0\ntags: [x]\n---\n# InstaFlow\n")
     published = Checkpoint.open(own_checkpoint)
     assert (published.kind, published.facts["steps"], published.facts["guidance"]) == ("one-step", 1, 0.0)

@@ -150,13 +150,12 @@ def test_a_range_gives_up_outliers_where_that_costs_less_and_keeps_zero() -> Non
         torch.testing.assert_close(quantize_activation(values, *grid), values, atol=0.02, rtol=0)
 
 
-def test_gates_of_bundles_are_for_recipes_that_round_activations() -> None:
-    rule = {"component": "unet", "pattern": "*", "scheme": "w8"}
+@pytest.mark.parametrize("scheme", ["w8", "w8a8"])
+def test_a_recipe_sets_no_gates_of_bundles(scheme: str) -> None:
+    rule = {"component": "unet", "pattern": "*", "scheme": scheme}
     raw = {"schema": 1, "name": "a", "rules": [rule], "gates": {"lowering": 20}}
-    with pytest.raises(ConfigError, match="expected a rule that rounds activations"):
+    with pytest.raises(ConfigError, match="gates: expected numbers for some of sqnr_db, psnr_db, got"):
         recipes.parse_recipe(raw, "here")
-    raw["rules"] = [{**rule, "scheme": "w8a8"}]
-    assert recipes.parse_recipe(raw, "here").gates == {"lowering": 20}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------
@@ -171,19 +170,22 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def quantized(source: Checkpoint, captions: Path, out: Path, method: str) -> Checkpoint:
+def quantized(
+    source: Checkpoint, captions: Path, out: Path, method: str, recipe: recipes.Recipe | None = None
+) -> Checkpoint:
     given = None if method == "nearest" else str(captions)
-    recipe, drawn = calibrated_recipe(source, recipes.read_recipe("w4g32"), method, given, 8)
+    recipe = recipe or recipes.read_recipe("w4g32")
+    recipe, drawn = calibrated_recipe(source, recipe, method, given, 8)
     report = quantize_checkpoint(source, recipe, out, calibration=drawn)
     assert not [note for note in report.notes if "reach" in note]
     return Checkpoint.open(out)
 
 
 def test_a_calibrated_checkpoint_is_nearer_says_how_and_repeats(
-    tiny_checkpoint: Path, captions: Path, tmp_path: Path
+    tiny_checkpoint: Path, captions: Path, tmp_path: Path, int4_recipe: recipes.Recipe
 ) -> None:
     source = Checkpoint.open(tiny_checkpoint)
-    models = {m: quantized(source, captions, tmp_path / m, m) for m in ("nearest", "gptq")}
+    models = {m: quantized(source, captions, tmp_path / m, m, int4_recipe) for m in ("nearest", "gptq")}
     recorded = models["gptq"].quantization["recipe"]["rounding"]  # type: ignore[index]
     assert recorded["method"] == "gptq" and recorded["prompts"] == "captions"
     assert (recorded["num_prompts"], recorded["pictures"], recorded["seed"]) == (72, 8, 1_000_000)
@@ -199,7 +201,7 @@ def test_a_calibrated_checkpoint_is_nearer_says_how_and_repeats(
                 pairs.append(floats["pipeline"].module(**inputs) - own["pipeline"].module(**inputs))
         lost[name] = float(torch.stack(pairs).square().sum())
     assert lost["gptq"] < 0.85 * lost["nearest"]
-    again = quantized(source, captions, tmp_path / "again", "gptq")
+    again = quantized(source, captions, tmp_path / "again", "gptq", int4_recipe)
     for file in models["gptq"].root.rglob("*.safetensors"):
         assert file.read_bytes() == (again.root / file.relative_to(models["gptq"].root)).read_bytes()
 

@@ -648,7 +648,7 @@ def test_a_wrong_rewrite_is_not_hidden_by_an_exact_lowering(
 
     fields = {f.name: getattr(decoder, f.name) for f in dataclasses.fields(decoder)}
     wrong = {**components, "decoder": Off(**fields)}
-    monkeypatch.setattr("edgeflow.components.load_components", lambda checkpoint: wrong)
+    monkeypatch.setattr("edgeflow.components.load_components", lambda checkpoint, **how: wrong)
     install(run=eager(wrong))
     report = parity.measure([exported(layout="components")], against=str(tiny_checkpoint))
     rows = {(m.gap, m.component, m.metric): m.status for m in report.measurements}

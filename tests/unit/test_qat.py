@@ -26,7 +26,7 @@ from edgeflow.quantization.fake import (
     round_with,
 )
 from edgeflow.quantization.layers import dequantize
-from edgeflow.quantization.recipe import parse_recipe, read_recipe
+from edgeflow.quantization.recipe import Recipe, parse_recipe, read_recipe
 from edgeflow.quantization.schemes import SCHEMES, quantize
 from edgeflow.training.gradient_noise import agreement
 from edgeflow.training.loop import start_run, train
@@ -162,13 +162,15 @@ def test_the_integers_it_learns_are_the_integers_that_ship(
     assert load_components(written)["pipeline"].module is not None
 
 
-def test_training_brings_the_latents_nearer(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_training_brings_the_latents_nearer(
+    tiny_checkpoint: Path, tmp_path: Path, int4_recipe: Recipe
+) -> None:
     """The loss on noise that no step has seen, before and after."""
     source = Checkpoint.open(tiny_checkpoint)
     cfg = dataclasses.replace(
         config(steps=8, batch_size=4, warmup_steps=0), perceptual_weight=0.0, picture_weight=0.0
     )
-    objective = QatObjective(cfg, source, read_recipe("w4g32"), CAPTIONS, torch.device("cpu"))
+    objective = QatObjective(cfg, source, int4_recipe, CAPTIONS, torch.device("cpu"))
 
     @torch.no_grad()
     def loss() -> float:
