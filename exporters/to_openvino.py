@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import openvino
+from edgeflow.telemetry import no_telemetry
+
+with no_telemetry():
+    import openvino
 
 from edgeflow.bundle import TOKENIZER
 from edgeflow.errors import ExportError
@@ -36,7 +37,7 @@ class OpenVinoExporter:
     def lower(self, program: Program, folder: Path, *, precision: str, layout: str) -> GraphSpec:
         """See edgeflow.registry.Exporter."""
         spec = graph_spec(program.spec, layout, DIFFUSERS, "/openvino_model.xml")
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_telemetry():
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), no_telemetry():
             warnings.simplefilter("ignore")
             try:
                 if has_quantized_weights(program):
@@ -67,20 +68,6 @@ class OpenVinoExporter:
         """What OpenVINO GenAI needs besides the graphs, whose tokenizer it runs as graphs too."""
         if layout == COMPONENTS_LAYOUT:
             write_tokenizer(folder / TOKENIZER)
-
-
-@contextlib.contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """OpenVINO's converter reports each use over the network, from forks of this process, unless it is CI."""
-    before = os.environ.get("CI")
-    os.environ["CI"] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CI"]
-        else:
-            os.environ["CI"] = before
 
 
 def _unindent(path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from edgeflow.bundle import inside
@@ -16,6 +15,10 @@ from edgeflow.fusions import KINDS, Operations
 from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
 from edgeflow.spec import GraphSpec
+from edgeflow.telemetry import no_telemetry
+
+with no_telemetry():
+    import openvino as ov
 
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle
@@ -28,7 +31,7 @@ _PASSIVE = ("Constant", "Const", "Parameter", "Input", "Result", "Output")
 class OpenVinoRuntime:
     """Runs an OpenVINO bundle; an fp16 bundle's weights are halves, its arithmetic is float32 all the same.
 
-    The runtime library sends no telemetry; only OpenVINO's converter would, and nothing here calls it.
+    Nothing is reported over the network: see edgeflow.telemetry.
     """
 
     name: ClassVar[str] = "openvino"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,24 @@ def test_ranges_are_those_of_the_values() -> None:
     y = (module.norm(x) * 3).reshape(4, 4)
     assert by_op["scaled_dot_product_attention"].inside == pytest.approx((y @ y.T / 2).abs().max().item())
     assert by_op["mul"].largest == pytest.approx(y.abs().max().item())
+
+
+def test_importing_openvino_reports_to_nobody(tmp_path: Path) -> None:
+    """Its packages report their very import, in forks of the process, where no opt-out lies in HOME."""
+    pytest.importorskip("openvino_telemetry")
+    code = (
+        "import sys, time; seen = []\n"
+        "sys.addaudithook(lambda event, args: seen.append(event) if event in ('os.fork', 'socket.connect') "
+        "else None)\n"
+        "import edgeflow.runtimes.openvino_runtime, edgeflow.exporters.to_openvino\n"
+        "time.sleep(1)\n"
+        "assert 'openvino_telemetry' in sys.modules\n"
+        "print(seen)"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    environment.pop("CI", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_exporting_to_openvino_reports_to_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
