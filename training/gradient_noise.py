@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import click
 import torch
@@ -36,7 +37,7 @@ def agreement(objective: QatObjective, batches: int) -> dict[str, dict[str, tupl
     config = objective.config
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for term in TERMS:
-        weights = {f"{name}_weight": float(name == term) for name in TERMS}
+        weights: dict[str, Any] = {f"{name}_weight": float(name == term) for name in TERMS}
         objective.config = dataclasses.replace(config, **weights)
         drawn = [_gradients(objective, seed) for seed in range(batches)]
         found[term] = {
