@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None, program: click.Command = cli, name: 
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
+        _handled()
         if _Terminated in (type(error), type(error.__cause__)):  # click turns every interrupt into Abort
             return EXIT_TERMINATED
         return _fail("interrupted", EXIT_INTERRUPTED)
@@ -129,6 +130,12 @@ def main(argv: Sequence[str] | None = None, program: click.Command = cli, name: 
         return _fail(str(missing), missing.exit_code, error)
     except Exception as error:
         return _unexpected(error)
+
+
+def _handled() -> None:
+    """Let the exit code stand: where an interrupt has left code given to exec (a dataclass being made, say),
+    CPython run by ``-m`` ends by SIGINT whatever the program returns, until other such code has run."""
+    exec("")
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:

@@ -271,3 +271,19 @@ sys.exit(cli.main(["probe"]))
     _, err = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_inside_exec_keeps_its_exit_code(tmp_path: Path) -> None:
+    """Dataclasses are made by exec: CPython remembers an interrupt there, and would end by the signal."""
+    lines = [
+        "import sys, click",
+        "from edgeflow import cli",
+        "@click.command()",
+        "def command(): exec('raise KeyboardInterrupt')",
+        "sys.exit(cli.main([], program=command))",
+    ]
+    (tmp_path / "interrupted.py").write_text("\n".join(lines))
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr.strip()) == (130, "error: interrupted")
