@@ -5,7 +5,8 @@ float, and no two implementations agree on that bit: from there on they draw dif
 rounding noise. So where a layer's inputs are rounded, two correct ones agree by no more than rounding itself
 costs, which is measured: it is the quantization gap, float ↔ quantized, on the same prompts. If each of the
 two is at most that far from the float model's output, they are at most twice as far from one another
-(‖a − b‖ ≤ ‖a − f‖ + ‖f − b‖): 6.02 dB below the gap's SQNR or PSNR, twice its max abs.
+(‖a − b‖ ≤ ‖a − f‖ + ‖f − b‖): 6.02 dB below the gap's SQNR or PSNR. The max abs is held to the gap's own: twice
+that may pass the range of a picture, and a limit beyond it cannot fail.
 """
 
 from __future__ import annotations
@@ -69,4 +70,4 @@ def _explained(metric: str, gap: float | None) -> float | None:
     more_is_better = METRICS[metric][1]
     if gap is None or math.isnan(gap) or gap == (-math.inf if more_is_better else math.inf):
         return None
-    return gap - _TWICE_DB if more_is_better else 2 * gap
+    return gap - _TWICE_DB if more_is_better else gap

@@ -454,7 +454,8 @@ def test_one_wrong_pixel_of_a_rewrite_fails_and_what_is_not_rounded_keeps_its_li
     monkeypatch.setattr(parity, "_original", wrong)
     report = measure([bundle], against=model_of(bundle), num_prompts=1, unquantized=checkpoint)
     rewrite = {(m.component, m.metric): m for m in report.measurements if m.gap == "rewrite"}
-    assert rewrite["pipeline", "max_abs"].gate == pytest.approx(2 * lost_by_rounding(report)["max_abs"])
+    assert rewrite["pipeline", "max_abs"].gate == pytest.approx(lost_by_rounding(report)["max_abs"])
+    assert rewrite["pipeline", "max_abs"].gate < 1  # the range of a picture
     assert rewrite["pipeline", "max_abs"].status == FAIL and not report.passed
     assert [rewrite["text_encoder", m].gate for m in ("sqnr_db", "max_abs")] == [80, 1e-4]
     assert rewrite["unet", "sqnr_db"].gate < 80 and rewrite["unet", "sqnr_db"].status == PASS
