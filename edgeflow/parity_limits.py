@@ -5,8 +5,8 @@ float, and no two implementations agree on that bit: from there on they draw dif
 rounding noise. So where a layer's inputs are rounded, two correct ones agree by no more than rounding itself
 costs, which is measured: it is the quantization gap, float ↔ quantized, on the same prompts. If each of the
 two is at most that far from the float model's output, they are at most twice as far from one another
-(‖a − b‖ ≤ ‖a − f‖ + ‖f − b‖): 6.02 dB below the gap's SQNR or PSNR. The max abs is held to the gap's own: twice
-that may pass the range of a picture, and a limit beyond it cannot fail.
+(‖a − b‖ ≤ ‖a − f‖ + ‖f − b‖): 6.02 dB below the gap's SQNR or PSNR. The max abs is held to the gap's own:
+twice that may pass the range of a picture, and a limit beyond it cannot fail.
 """
 
 from __future__ import annotations
