@@ -10,11 +10,11 @@ The rewrites, and why:
   1000·f has an error of half a radian in float16, the angle (t − 1000)·f has none where the model is used.
 - In the pipeline t is the constant 1000, so each block's projected time embedding is a constant added
   after its first convolution: it is folded into that convolution's bias.
+- A pipeline that is exported upsamples and convolves in one (edgeflow.upsampling).
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from edgeflow.checkpoint import KINDS, Checkpoint
 from edgeflow.errors import ExportError
 from edgeflow.loading import check_classes, load_part
 from edgeflow.spec import COMPONENTS, FIRST_TIMESTEP, PIPELINE, GenerationSpec, TensorSpec
+from edgeflow.upsampling import merge_upsampling, sharing_copy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,12 +96,14 @@ def load_components(
     picture: str = "float32",
     names: Sequence[str] = (*COMPONENTS, PIPELINE),
     attention: str = FUSED,
+    merged: bool = False,
 ) -> dict[str, Component]:
     """The components of a one-step checkpoint by name, those of ``names``: by default all.
 
     Weights are fp32, whatever the files hold; only the parts that ``names`` need are read. ``picture`` is the
     pipeline's output: float32 in [0, 1] or uint8; ``attention`` other than fused is the Neural Engine's
-    layout (edgeflow.split_einsum). Raises ExportError for a model that does not draw in one step or whose
+    layout (edgeflow.split_einsum); ``merged`` upsamples in the pipeline's decoder as bundles have it
+    (edgeflow.upsampling). Raises ExportError for a model that does not draw in one step or whose
     parts are of a class edgeflow has no rewrite for, CheckpointError for weights that do not fit it.
     """
     check_exportable(checkpoint)
@@ -120,7 +123,8 @@ def load_components(
         if name == "unet":
             return Velocity(_anchored(unet))
         assert text_encoder is not None and decoder is not None
-        return Pipeline(text_encoder, fold_time(unet, spec.timestep), decoder, spec.latent_scale)
+        last = merge_upsampling(decoder) if merged else decoder
+        return Pipeline(text_encoder, fold_time(unet, spec.timestep), last, spec.latent_scale)
 
     originals = _originals(text, unet, vae, spec)
     components = {
@@ -325,11 +329,6 @@ class _NoTime(nn.Module):
 
     def forward(self, *_: Any) -> None:
         return None
-
-
-def sharing_copy(module: nn.Module) -> Any:
-    """A copy of the module's structure that shares its tensors."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 def _anchored(unet: Any) -> Any:

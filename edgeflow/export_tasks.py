@@ -56,7 +56,9 @@ class Source:
         from edgeflow.components import load_components
 
         if not self._components:
-            self._components = load_components(self.checkpoint, names=self.names, attention=self.attention)
+            self._components = load_components(
+                self.checkpoint, names=self.names, attention=self.attention, merged=True
+            )
         return self._components[name]
 
     def program(self, name: str) -> Program:

@@ -163,7 +163,7 @@ def reference_from_checkpoint(
     """
     from edgeflow.components import load_components
 
-    spec, components = checkpoint.generation, load_components(checkpoint, attention=attention)
+    spec, components = checkpoint.generation, load_components(checkpoint, attention=attention, merged=True)
     tokenizer = ClipTokenizer.from_folder(spec.tokenizer_dir)
     count = _count(num_prompts, len(prompts), checkpoint.name)
     samples = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,8 @@ from edgeflow.telemetry import no_telemetry
 
 with no_telemetry():
     import openvino as ov
+
+    from edgeflow.runtimes.openvino_pieces import LARGEST, Pieces
 
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle
@@ -49,11 +52,13 @@ class OpenVinoRuntime:
         return cls(graphs, {name: _compile(core, bundle, graph) for name, graph in graphs.items()})
 
     @classmethod
-    def load_one(cls, bundle: Bundle, graph: str) -> OpenVinoRuntime:
-        """Compile one graph, its weights mapped from the file; raises what ``load`` raises."""
+    def load_one(cls, bundle: Bundle, graph: str) -> OpenVinoPieces:
+        """One graph for the least memory, compiled a piece at a time whenever it runs.
+
+        Raises RuntimeFailure as ``load`` does; for a graph that OpenVINO refuses, when it runs.
+        """
         checks.expect_bundle(cls.name, bundle)
-        spec = bundle.graph(graph)
-        return cls({graph: spec}, {graph: _compile(ov.Core(), bundle, spec)})
+        return OpenVinoPieces(bundle, bundle.graph(graph))
 
     @classmethod
     def operations(cls, bundle: Bundle, graph: str) -> Operations:
@@ -91,11 +96,33 @@ class OpenVinoRuntime:
         return checks.collect(self.name, spec, results)
 
 
-def _compile(
-    core: ov.Core, bundle: Bundle, graph: GraphSpec, more: Mapping[str, Any] | None = None
-) -> ov.CompiledModel:
-    """``more`` has the last word on the properties (edgeflow.training.session_options measures others)."""
-    path = inside(bundle.root, graph.file)
+class OpenVinoPieces:
+    """One graph in pieces (edgeflow.runtimes.openvino_pieces); no weights are held between two runs."""
+
+    name: ClassVar[str] = OpenVinoRuntime.name
+
+    def __init__(self, bundle: Bundle, graph: GraphSpec, largest: int = LARGEST):
+        core, config, path = ov.Core(), _config(bundle), inside(bundle.root, graph.file)
+        self._graph = graph
+        try:
+            self.pieces = Pieces(path, lambda model: core.compile_model(model, "CPU", config), largest)
+        except RuntimeError as error:
+            raise _unreadable(path, error) from error
+        checks.expect_keys(self.name, graph, self.pieces.inputs, self.pieces.outputs)
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Named arrays to named arrays; see ``edgeflow.spec.GraphSpec`` for the names and shapes."""
+        spec = checks.pick_graph({self._graph.name: self._graph}, graph)
+        feeds = checks.feed(spec, inputs)
+        try:
+            results = self.pieces.run(feeds)
+        except RuntimeError as error:
+            raise RuntimeFailure(f"runtime openvino: graph {graph}: run failed: {_reason(error)}") from error
+        return checks.collect(self.name, spec, results)
+
+
+def _config(bundle: Bundle) -> dict[str, Any]:
+    """The CPU's properties for every graph of a bundle."""
     config = {
         # Some CPUs run bfloat16 by default, which parity would report as an export's fault.
         "INFERENCE_PRECISION_HINT": "f32",
@@ -107,15 +134,27 @@ def _compile(
     if rounds_activations(bundle.manifest.recipe):
         # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
         config["LP_TRANSFORMS_MODE"] = "NO"
+    return config
+
+
+def _compile(
+    core: ov.Core, bundle: Bundle, graph: GraphSpec, more: Mapping[str, Any] | None = None
+) -> ov.CompiledModel:
+    """``more`` has the last word on the properties (edgeflow.training.session_options measures others)."""
+    path = inside(bundle.root, graph.file)
     try:
-        model = core.compile_model(str(path), "CPU", {**config, **(more or {})})
+        model = core.compile_model(str(path), "CPU", {**_config(bundle), **(more or {})})
     except RuntimeError as error:
-        raise RuntimeFailure(f"runtime openvino: {path}: could not be loaded: {_reason(error)}") from error
+        raise _unreadable(path, error) from error
     inputs, outputs = (
         [name for port in ports for name in port.get_names()] for ports in (model.inputs, model.outputs)
     )
     checks.expect_keys(OpenVinoRuntime.name, graph, inputs, outputs)
     return model
+
+
+def _unreadable(path: Path, error: RuntimeError) -> RuntimeFailure:
+    return RuntimeFailure(f"runtime openvino: {path}: could not be loaded: {_reason(error)}")
 
 
 def _reason(error: RuntimeError) -> str:
