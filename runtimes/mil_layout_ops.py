@@ -211,6 +211,12 @@ def _nearest(size: int, spacing: float, target: int) -> Tensor:
     return (torch.arange(target, dtype=torch.float64) * spacing).long().clamp(max=size - 1)
 
 
+@operation("pixel_shuffle", moves=True)
+def pixel_shuffle(x: Tensor, upscale_factor: Tensor | int) -> Tensor:
+    """(N, C·r², H, W) → (N, C, H·r, W·r); of the r² channels of one, the last index moves along W."""
+    return F.pixel_shuffle(x, int(upscale_factor))
+
+
 @operation("band_part", moves=True)
 def band_part(x: Tensor, lower: Tensor | int = -1, upper: Tensor | int = -1) -> Tensor:
     """Zero outside a band of the last two dimensions; a negative bound is none."""

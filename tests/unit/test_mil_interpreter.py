@@ -86,6 +86,14 @@ def numpy_layer_norm(x: np.ndarray, axes: tuple[int, ...], epsilon: float) -> np
     return (x - x.mean(axis=axes, keepdims=True, dtype=np.float64)) / deviation
 
 
+def interleaved(x: np.ndarray) -> np.ndarray:
+    """Channel 4c + 2p + q at (i, j) → channel c at (2i + p, 2j + q)."""
+    found = np.empty((x.shape[0], x.shape[1] // 4, 2 * x.shape[2], 2 * x.shape[3]), x.dtype)
+    for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        found[:, :, p::2, q::2] = x[:, 2 * p + q :: 4]
+    return found
+
+
 X = normal(2, 3, 4, 5)
 Y = normal(2, 3, 4, 5, seed=1)
 IMAGE = normal(1, 4, 7, 6)
@@ -441,6 +449,7 @@ CASES: dict[str, tuple[Callable[..., Any], Arrays, Callable[..., Any]]] = {
         {"x": X},
         lambda x: np.pad(x, [(0, 0), (0, 0), (1, 2), (3, 0)], mode="edge"),
     ),
+    "pixel_shuffle": (lambda x: mb.pixel_shuffle(x=x, upscale_factor=2), {"x": IMAGE}, interleaved),
     "upsample_nearest_neighbor": (
         lambda x: mb.upsample_nearest_neighbor(x=x, scale_factor_height=2, scale_factor_width=3),
         {"x": IMAGE},

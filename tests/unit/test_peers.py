@@ -91,6 +91,27 @@ def test_a_wrong_picture_is_no_measurement() -> None:
     assert small.why == "small: drew (4, 8, 3), expected (8, 8, 3)"
 
 
+def test_a_row_is_held_against_its_own_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantized bundle, or one with another decoder, draws another picture than the model of the rows."""
+    common, own = (np.full((8, 8, 3), value, np.uint8) for value in (10, 200))
+    monkeypatch.setattr(peers, "picture_of", lambda bundle: {Path("tiny"): own}[bundle])
+    asked = peers.Asked("m", ("fp32",), launches=1, runs=1, threads=1, seconds=60.0)
+    tiny, wrong = (peers.Row(n, "w8 fp16", None, bundle=Path("tiny")) for n in ("tiny", "wrong"))
+    tiny.start, wrong.start = (lambda: _Drawn(own)), (lambda: _Drawn(common))
+    peers.measure_rows([tiny, wrong], asked, common, lambda step: None)
+    assert len(tiny.launches) == 1 and not tiny.why
+    assert wrong.why.startswith("wrong: drew another picture")
+
+
+def test_a_peer_of_other_arithmetic_is_printed_and_not_gated() -> None:
+    expected = np.full((8, 8, 3), 10, np.uint8)
+    asked = peers.Asked("m", ("fp32",), launches=1, runs=1, threads=1, seconds=60.0)
+    half = row("half", "sdcpp")
+    half.start = lambda: _Drawn(expected + 40)
+    peers.measure_rows([half], asked, expected, lambda step: None)
+    assert cells(list(peers.lines([half]))[-1])[-1] == "16.1"
+
+
 def test_no_launch_begins_when_the_time_is_over() -> None:
     asked = peers.Asked("m", ("fp32",), launches=2, runs=3, threads=1, seconds=-1.0)
     late = row("late", None)
