@@ -78,9 +78,15 @@ def derived(checkpoint: Checkpoint, changes: Changes) -> Iterator[Derived]:
 def derive(checkpoint: Checkpoint, changes: Changes, out: Path) -> Derived:
     """Write the changed checkpoint to ``out``, which must not exist; unchanged files are links.
 
-    Raises CheckpointError for a LoRA of which nothing matches, for a graft of UNets that share no tensor, and
+    Raises UsageError for a graft or a LoRA on quantized weights, CheckpointError for a LoRA of which nothing
+    matches, for a graft of UNets that share no tensor, and
     for a decoder of an unknown class or whose latents are of another shape.
     """
+    if checkpoint.quantization is not None and (changes.graft or changes.loras):
+        raise UsageError(
+            f"{'--graft' if changes.graft else '--lora'}: {checkpoint.name}: expected float weights, got "
+            "quantized ones; change the model first, then edgeflow quantize it"
+        )
     unmatched: list[str] = []
     donor = Checkpoint.open(changes.graft) if changes.graft else checkpoint
     loras = [(lora, read_lora(lora)) for lora in changes.loras]
@@ -209,6 +215,17 @@ def _link(files: list[Path], folder: Path) -> None:
             (folder / file.name).symlink_to(file.resolve())
 
 
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The recipe of a quantized checkpoint, whose decoder alone can have changed, without the decoder's."""
+    if checkpoint.quantization is None:
+        return {}
+    recipe = checkpoint.quantization["recipe"]
+    rules = [rule for rule in recipe["rules"] if rule["component"] != "decoder"]
+    if not rules:
+        return {}
+    return {"quantization": {**checkpoint.quantization, "recipe": {**recipe, "rules": rules}}}
+
+
 def _write_facts(checkpoint: Checkpoint, donor: Checkpoint, changes: Changes, out: Path) -> None:
     """model_index.json and edgeflow.json: whose work this is, and what was done."""
     index = read_json(checkpoint.root / "model_index.json")
@@ -222,6 +239,7 @@ def _write_facts(checkpoint: Checkpoint, donor: Checkpoint, changes: Changes, ou
         **{key: checkpoint.facts[key] for key in keep},
         "licence": " and ".join(licences),
         "origin": ", ".join([str(checkpoint.facts["origin"]), *done]),
+        **_quantization(checkpoint),
     }
     for name, value in (("model_index.json", index), (FACTS, facts)):
         text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
