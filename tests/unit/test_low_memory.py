@@ -67,6 +67,33 @@ def test_the_picture_is_the_same(runtime: str, exported: Path, tiny_checkpoint: 
     assert difference.max() <= 1  # other kernels where weights are not laid out anew
 
 
+@pytest.mark.parametrize("graph", COMPONENTS)
+def test_openvino_in_pieces_gives_the_whole_graphs_values(exported: Path, graph: str) -> None:
+    """However small the pieces, down to one weight each, every value is handed on as it is."""
+    pytest.importorskip("openvino")
+    from edgeflow.bundle import Bundle
+    from edgeflow.runtimes.openvino_runtime import OpenVinoPieces, OpenVinoRuntime
+
+    bundle = Bundle.open(exported / "openvino-components-fp16")
+    spec = bundle.graph(graph)
+    draw = np.random.default_rng(0)
+    inputs: dict[str, Any] = {
+        t.name: np.arange(t.shape[-1])[None] if t.name == "input_ids" else draw.standard_normal(t.shape)
+        for t in spec.inputs
+    }
+    inputs = {n: a.astype("int32" if n == "input_ids" else "float32") for n, a in inputs.items()}
+    if "timestep" in inputs:
+        inputs["timestep"] = np.array([1000.0], np.float32)
+    (whole,) = OpenVinoRuntime.load(bundle).run(graph, inputs).values()
+    counts = []
+    for largest in (1 << 17, 1 << 30):
+        pieces = OpenVinoPieces(bundle, spec, largest)
+        (found,) = pieces.run(graph, inputs).values()
+        np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+        counts.append(len(pieces.pieces.ranges))
+    assert counts[1] == 1 and (graph == "decoder" or counts[0] > 1)
+
+
 def test_a_fused_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     from edgeflow.export import export_model
