@@ -134,7 +134,7 @@ class Table:
 
     def _watched(self, asked: list[str], step: str = "") -> tuple[dict[str, Any], Any]:
         """The command's report, and the JSON that it printed, if any."""
-        output = self.out / "output.json"
+        output = self.out / "output.part"
         with output.open("w") as file:
             row = watch([*self.commands, *asked], stdout=file, step=step)
         text = output.read_text()

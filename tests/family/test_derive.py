@@ -276,6 +276,31 @@ def test_a_tiny_decoder_takes_latents_at_its_own_scale(instaflow: Path, taesd: P
     np.testing.assert_allclose(actual, (image / 2 + 0.5).clamp(0, 1).numpy(), atol=3e-5)
 
 
+def test_a_quantized_model_keeps_its_recipe_behind_another_decoder(
+    instaflow: Path, taesd: Path, tmp_path: Path
+) -> None:
+    """The same integers in UNet and text encoder, and a float decoder; adding to integers is refused."""
+    from edgeflow.quantization.apply import quantize_checkpoint
+    from edgeflow.quantization.recipe import read_recipe
+
+    quantize_checkpoint(Checkpoint.open(instaflow), read_recipe("w8"), tmp_path / "w8")
+    model = Checkpoint.open(tmp_path / "w8")
+    made = derive(model, Changes(decoder=str(taesd)), tmp_path / "made").checkpoint
+    for part in ("text_encoder", "unet"):
+        assert made.quantized_layers(part) == model.quantized_layers(part) != {}
+    assert model.quantized_layers("vae") and not made.quantized_layers("vae")
+    assert made.quantization is not None and model.quantization is not None
+    rules = [r for r in model.quantization["recipe"]["rules"] if r["component"] != "decoder"]
+    assert made.quantization["recipe"]["rules"] == rules != []
+    whole, tiny = (load_components(c, names=("unet",))["unet"] for c in (model, made))
+    inputs = {name: t.numpy() for name, t in whole.example.items()}
+    np.testing.assert_array_equal(tiny.run(inputs)["velocity"], whole.run(inputs)["velocity"])
+    assert load_components(made)["pipeline"].example  # the whole still fits together
+    with pytest.raises(UsageError, match="--graft: w8: expected float weights, got quantized ones"):
+        derive(model, Changes(graft=str(instaflow), base=str(instaflow)), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_decoder_of_other_latents_or_none_at_all_is_refused(
     instaflow: Path, taesd: Path, tmp_path: Path
 ) -> None:
