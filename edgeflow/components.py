@@ -257,7 +257,8 @@ class AnchoredTimesteps(nn.Module):
         self.register_buffer("cos0", first if self.flip else second)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        angle = (timesteps[:, None] - self.anchor) * self.frequency
+        # A product of matrices: OpenVINO would turn a plain one into t·f − 1000·f, and round both to float16.
+        angle = (timesteps[:, None] - self.anchor) @ self.frequency
         sin, cos = torch.sin(angle), torch.cos(angle)
         parts = (self.sin0 * cos + self.cos0 * sin, self.cos0 * cos - self.sin0 * sin)
         return torch.cat(parts[::-1] if self.flip else parts, dim=-1)

@@ -316,6 +316,18 @@ def test_core_ml_has_no_byte_picture(components: dict[str, Component], tmp_path:
         registry.exporter("coreml").lower(program, tmp_path, precision="fp32", layout=PIPELINE)
 
 
+def test_openvino_leaves_time_anchored(bundles: Callable[[str], Path]) -> None:
+    """(t − 1000)·f as t·f − 1000·f would be angles of up to 1000 in float16, a quarter of a radian apart."""
+    import openvino
+
+    model = openvino.Core().read_model(
+        bundles("openvino") / "openvino-components-fp16/unet/openvino_model.xml"
+    )
+    held = [op.data for op in model.get_ops() if op.get_type_name() == "Constant"]
+    halves = [array for array in held if array.dtype == np.float16]
+    assert [array.item() for array in halves if abs(array).max() > 100] == [-1000.0]  # and no array of them
+
+
 def test_what_openvino_makes_of_the_onnx_graphs(
     bundles: Callable[[str], Path], components: dict[str, Component]
 ) -> None:
