@@ -263,7 +263,7 @@ def against(row: Row, best: Row) -> Ratio | None:
 
 def best_of_ours(rows: Sequence[Row], precision: str) -> Row | None:
     """Our fastest row of a precision."""
-    ours = [row for row in rows if row.peer is None and row.launches and row.precision == precision]
+    ours = [row for row in rows if row.peer is None and row.warm_s and row.precision == precision]
     return min(ours, key=lambda row: summarize(row.warm_s).median, default=None)
 
 
@@ -276,9 +276,12 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         if not row.launches:
             yield f"{head}| {row.why} | | | | | | |"
             continue
-        warm, best = summarize(row.warm_s), best_of_ours(rows, row.precision)
         first = summarize([launch.first_picture_ms / 1000 for launch in row.launches]).median
         peak = max(launch.peak_rss_mib for launch in row.launches)
+        if not row.warm_s:
+            yield f"{head}| | | | | {first:.2f} | {peak:.0f} | {row.psnr_db:.1f} |"
+            continue
+        warm, best = summarize(row.warm_s), best_of_ours(rows, row.precision)
         times, interval = "", ""
         if best is not None:
             times = f"{warm.median / summarize(best.warm_s).median:.2f}"
@@ -310,7 +313,13 @@ def as_dict(rows: Sequence[Row], asked: Asked, facts: dict[str, Any]) -> dict[st
 @click.argument("model")
 @click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16"), show_default=True)
 @click.option("--launches", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--runs",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Of a launch; 0: the first picture alone.",
+)
 @click.option(
     "--warm-up", type=click.IntRange(0), default=1, show_default=True, help="After the first picture."
 )

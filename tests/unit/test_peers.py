@@ -36,6 +36,8 @@ def test_the_table_compares_every_row_with_our_fastest() -> None:
     assert [line[4] for line in table] == ["3.00", "1.00", "1.50"]
     assert [line[5] for line in table] == ["3.00 to 3.00", "", "1.50 to 1.50"]
     assert table[2][2:4] == ["2.250", "1.500 … 3.000"] and table[2][6:] == ["3.00", "321", "60.0"]
+    first = list(peers.lines([row("ours", None, launch(1.0)), row("peer", "sdcpp", launch())]))[-1]
+    assert cells(first)[2:] == ["", "", "", "", "3.00", "100", "60.0"]  # a first picture alone
     lone = peers.lines([row("ours", None, launch(1.0)), row("peer", "genai", launch(2.0))])
     assert cells(list(lone)[-1])[4:6] == ["2.00", ""]  # one launch has no interval
 
