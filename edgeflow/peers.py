@@ -207,8 +207,16 @@ def measure_rows(
             try:
                 own = expected if row.bundle is None else picture_of(row.bundle)
                 row.launches.append(_launch(row, asked, own))
+                say(f"  {_said(row, row.launches[-1])}")
             except EdgeflowError as error:
                 row.why, row.launches = str(error), []
+
+
+def _said(row: Row, launch: Launch) -> str:
+    """A launch in words: what is measured is not lost where a later one is cut off."""
+    warm = ", ".join(f"{ms / 1000:.3f}" for ms in launch.warm_ms) or "none"
+    first = launch.first_picture_ms / 1000
+    return f"first picture {first:.2f} s, then {warm}; {launch.peak_rss_mib:.0f} MiB, {row.psnr_db:.1f} dB"
 
 
 def _launch(row: Row, asked: Asked, expected: NDArray[np.uint8]) -> Launch:
