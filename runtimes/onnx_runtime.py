@@ -218,8 +218,6 @@ def _session(
     if frugal:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
-        # By default casts of weights, which wait for nothing, all come first; by number, each before its use.
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         disabled = ["ConstantFolding"]  # it would turn every float16 or integer weight into float32 at once
     if written is not None:
         options.optimized_model_filepath = str(written)
