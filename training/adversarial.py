@@ -63,6 +63,10 @@ class AdversarialConfig:
             check_choice("augment", kind, KINDS)
         if not 0.0 <= self.real_fraction <= 1.0:
             raise ConfigError(f"config: real_fraction: expected 0 to 1, got {self.real_fraction}")
+        if self.discriminator_width < 8 or self.discriminator_width % 8:
+            raise ConfigError(
+                f"config: discriminator_width: expected a multiple of 8, got {self.discriminator_width}"
+            )
 
 
 class AdversarialObjective:

@@ -59,8 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adversarial": AdversarialConfig(_tiny(10)),
         "qat": QatConfig(replace(_tiny(10), learning_rate=5e-5)),
     },
-    # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop's alone. The shipped model had more
-    # of each than these minutes: its card and logs are in edgeflow/models/emoji.
+    # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop alone. The shipped model had
+    # more of each than these minutes: its card and logs are in edgeflow/models/emoji.
     "emoji": {
         # 4,800 steps in 155 s, 4,330 pictures/s: L1 0.020, mean PSNR over the sheet 32.7 dB
         "autoencoder": AutoencoderConfig(_gpu(8000, 128, 5e-4, decay_fraction=0.3, minutes=2.6), EMOJI_SHAPE),

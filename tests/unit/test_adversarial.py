@@ -118,6 +118,18 @@ def test_the_discriminator_learns_to_tell_and_to_read() -> None:
     assert largest.item() == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_verdict_is_of_one_picture_and_not_of_how_strong_its_features_are() -> None:
+    """What is normalised between the layers: a picture's logits are the same in any batch, and a small
+    difference of features is not a small difference of logits."""
+    heads, real, _, text = heads_and_features()
+    weights = [head.weights() for head in heads.heads]
+    for head, own, x in zip(heads.heads, weights, real, strict=True):
+        whole, alone = head.judge(own, x, text), head.judge(own, x[:1], text[:1])
+        torch.testing.assert_close(whole[:1], alone)
+        faint = head.judge(own, 0.01 * (x - x.mean((2, 3), keepdim=True)), text)
+        assert faint.std() > 0.2 * whole.std()
+
+
 # --- augmentation ---------------------------------------------------------------------------------------
 
 
@@ -209,5 +221,7 @@ def test_settings_that_do_not_fit_are_one_sentence(tiny_checkpoint: Path) -> Non
         AdversarialConfig(LOOP, augment=("zoom",))
     with pytest.raises(ConfigError, match="real_fraction: expected 0 to 1"):
         AdversarialConfig(LOOP, real_fraction=1.5)
+    with pytest.raises(ConfigError, match="discriminator_width: expected a multiple of 8, got 12"):
+        AdversarialConfig(LOOP, discriminator_width=12)
     with pytest.raises(UsageError, match="both or neither, got no --data"):
         objective(tiny_checkpoint, real_fraction=0.5)
