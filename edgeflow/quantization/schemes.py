@@ -58,6 +58,7 @@ SCHEMES = {
     s.name: s
     for s in (
         Scheme("w8", 8, -127, 127, None, False),
+        Scheme("w8g32", 8, -127, 127, 32, False),
         Scheme("w4g32", 4, -8, 7, 32, False),
         Scheme("w4g32z", 4, -8, 7, 32, True),
         Scheme("w8a8", 8, -127, 127, None, False, activations=True),
