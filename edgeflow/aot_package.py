@@ -7,9 +7,12 @@ reads them: they are stored as (O, kh, kw, I), and named in the file's metadata.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +29,19 @@ _CHANNELS_LAST = "channels_last"
 
 def constants_of(code: str) -> list[str]:
     """The names of the constants that a package's code asks for; loads the code."""
-    model = torch._inductor.aoti_load_package(code, run_single_threaded=True)
-    return list(model.get_constant_fqns())
+    return list(load_code(code).get_constant_fqns())
+
+
+def load_code(code: str) -> Any:
+    """A package's code, without its constants; for one thread, as a capture needs.
+
+    Some compilers (Red Hat's toolsets) link the newer half of libstdc++ into the code. Its locale facets are
+    numbered otherwise than those of the libstdc++ that the process has, and the std::regex which reads the
+    device's name crashes between the two; with that library in the global scope its own symbols come first.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
+    return torch._inductor.aoti_load_package(code, run_single_threaded=True)
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:

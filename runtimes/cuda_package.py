@@ -50,7 +50,7 @@ class _Package:
         self._where, self._weights = code, weights
         try:
             # Without its locks, which a capture does not allow; nobody calls it from two threads.
-            self._model = torch._inductor.aoti_load_package(str(code), run_single_threaded=True)
+            self._model = aot_package.load_code(str(code))
             wanted = set(self._model.get_constant_fqns())
         except Exception as error:  # torch raises whatever its archive, its linker or its driver raises
             raise RuntimeFailure(

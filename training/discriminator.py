@@ -3,7 +3,9 @@
 Projected GAN (Sauer et al. 2021, arXiv 2111.01007) judges in the feature space of a pretrained network; ADD
 (Sauer et al. 2023, arXiv 2311.17042) does so to train one-step models beside a distillation loss. The caption
 enters by a projection (Miyato & Koyama 2018, arXiv 1802.05637), weights are kept at spectral norm 1
-(Miyato et al. 2018, arXiv 1802.05957), the losses are the hinge's.
+(Miyato et al. 2018, arXiv 1802.05957), the losses are the hinge's. What a head computes is normalised between
+its layers, as in StyleGAN-T (Sauer et al. 2023, arXiv 2301.09515): without that, three maps of norm 1 left
+so little of the difference between two like pictures that the hinge loss stayed at 1.97 of 2.
 """
 
 from __future__ import annotations
@@ -49,11 +51,16 @@ class _Head(nn.Module):
 
     def judge(self, weights: list[Tensor], features: Tensor, text: Tensor) -> Tensor:
         mix, mix_bias, look, look_bias, verdict, verdict_bias, caption = weights
-        h = F.leaky_relu(F.conv2d(features * self.scale, mix, mix_bias), 0.2)
-        h = F.leaky_relu(F.conv2d(h, look, look_bias, padding=1), 0.2)
+        h = F.leaky_relu(_normalised(F.conv2d(features * self.scale, mix, mix_bias)), 0.2)
+        h = F.leaky_relu(_normalised(F.conv2d(h, look, look_bias, padding=1)), 0.2)
         wanted = F.linear(text, caption).unsqueeze(2).unsqueeze(3) / h.shape[1] ** 0.5
         logits = F.conv2d(h, verdict, verdict_bias) + (h * wanted).sum(1, keepdim=True)
         return logits.float().flatten(1)
+
+
+def _normalised(h: Tensor) -> Tensor:
+    """Mean 0 and variance 1 in groups of 8 channels, each picture by itself: a verdict is of one picture."""
+    return F.group_norm(h, h.shape[1] // 8)
 
 
 class Discriminator(nn.Module):

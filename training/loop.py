@@ -89,7 +89,7 @@ def train(objective: Objective, config: LoopConfig, out: Path, device: torch.dev
     clock, keeper = _Clock(processes, done, config), _Keeper(objective, config, out, step)
     with contextlib.closing(step), _Teller(config, out, done, processes.main) as teller:
         while done < config.steps:
-            seconds = clock.seconds(done) if config.minutes else 0.0
+            seconds = clock.seconds(done)
             used = max(done / config.steps, seconds / 60 / config.minutes if config.minutes else 0.0)
             if used >= 1.0:
                 break
@@ -99,7 +99,7 @@ def train(objective: Objective, config: LoopConfig, out: Path, device: torch.dev
             done += 1
             if done % config.log_every == 0 or done == config.steps:
                 check_finite(step, objective, out)
-                teller.tell(done, step.take_means(), rate)
+                teller.tell(done, step.take_means(), rate, clock.began)
             if config.minutes:
                 clock.agree(done, config.log_every)
             keeper.after(done)
@@ -222,7 +222,7 @@ class _Teller:
         self.log = Log(out, done, tensorboard=config.tensorboard) if main else None
         self.bar = _progress(main)
         self.task: TaskID = self.bar.add_task(out.name, total=config.steps, completed=done, note="")
-        self.began = self.told = time.monotonic()
+        self.told = time.monotonic()
 
     def __enter__(self) -> _Teller:
         self.bar.start()
@@ -233,21 +233,22 @@ class _Teller:
         if self.log is not None:
             self.log.__exit__(*exception)
 
-    def tell(self, done: int, means: dict[str, float], rate: float) -> None:
-        """Log the means of the steps since the last call, and show speed and time left."""
+    def tell(self, done: int, means: dict[str, float], rate: float, began: float) -> None:
+        """Log the means of the steps since the last call, and show speed and time left. ``began`` is when the
+        first steps were over that compile and capture."""
         if self.log is None:
             return
         now = time.monotonic()
         per_step = (now - self.told) / (done - self.done)
         speed = self.config.batch_size / per_step
         record = {"step": done, **means, "learning_rate": rate, "images_per_s": speed}
-        record["seconds"] = now - self.began
+        record["seconds"] = now - began
         if torch.cuda.is_initialized():
             record["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         self.log.write(record)
         left = (self.config.steps - done) * per_step
         if self.config.minutes:
-            left = min(left, max(0.0, 60 * self.config.minutes - (now - self.began)))
+            left = min(left, max(0.0, 60 * self.config.minutes - (now - began)))
         note = f"loss {means['loss']:.4f}  {speed:,.0f}/s  {_span(left)} left"
         self.bar.update(self.task, completed=done, note=note)
         self.done, self.told = done, now
