@@ -88,10 +88,8 @@ def _kinds(linear: str, embedding: str, convolution: str) -> dict[str, str]:
 
 OURS = (
     Ours(tools.EIGHT, "w8", ("openvino", "coreml")),
-    Ours(tools.EIGHT, _kinds("w8g32", "w8g32", "w8g32"), ("openvino",)),
-    Ours(tools.EIGHT_INPUTS, "w8a8", ("onnx",)),
+    Ours(tools.EIGHT_INPUTS, "w8a8", ("onnx",), (NEAREST,)),
     Ours(tools.EIGHT_PRODUCTS, _kinds("w8g32", FLOAT, FLOAT), ("onnx",)),
-    Ours(tools.FOUR, "w4g32", ("coreml",)),
     Ours(tools.FOUR, _kinds("w4g32", "w4g32", "w4g32"), ("coreml",)),
     Ours(tools.FOUR_AND_EIGHT, _kinds("w4g32", "w4g32", "w8"), ("openvino",)),
     Ours(tools.FOUR_PRODUCTS, _kinds("w4g32", FLOAT, FLOAT), ("onnx",)),
