@@ -21,7 +21,7 @@ from edgeflow.spec import FIRST_TIMESTEP
 from edgeflow.training import flow
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.draw import Draw
-from edgeflow.training.flow_model import draw_flow_sheet, parts_beside, save_flow, velocity_field
+from edgeflow.training.flow_model import draw_flow_sheet, save_flow, velocity_field
 from edgeflow.training.loop import averaged_copy
 from edgeflow.training.losses import NORMS, PerceptualDistance, check_choice, latent_distance
 from edgeflow.training.models import Parts, load_parts
@@ -68,9 +68,7 @@ class DistillObjective:
         unet = self.parts.unet.to(device, memory_format=torch.channels_last)
         self.flow = None
         if config.target_steps:
-            frozen = copy.deepcopy(unet)
-            if flow_source is not None:
-                frozen = parts_beside(flow_source, self.parts, "train distill: --flow").unet
+            frozen = _flow_unet(flow_source, self.parts) if flow_source else copy.deepcopy(unet)
             self.flow = frozen.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         unet, self.student = begin_student(config.student, self.parts, unet)
         self.trained = nn.ModuleDict({"unet": unet})
@@ -131,3 +129,13 @@ class DistillObjective:
         draw_flow_sheet(
             path, self.parts, self.averaged["unet"], self.pairs.captions, (1,), self.config.loop.bf16
         )
+
+
+def _flow_unet(source: Path, parts: Parts) -> nn.Module:
+    """The UNet of the flow in ``source``, whose latents and text states must be those of ``parts``."""
+    other = load_parts(source)
+    for name in ("vae", "text_encoder"):
+        mine, theirs = (getattr(p, name).state_dict() for p in (parts, other))
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k]) for k in mine):
+            raise UsageError(f"train distill: --flow {source}: expected the {name} of --from, got another")
+    return other.unet

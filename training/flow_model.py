@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgeflow.errors import UsageError
 from edgeflow.training import flow
 from edgeflow.training.corpus import caption_states
-from edgeflow.training.models import Parts, load_parts, save_parts
+from edgeflow.training.models import Parts, save_parts
 from edgeflow.training.sampling import decode, seeded_noise
 from edgeflow.training.sheet import draw_sheet, sheet_prompts
 
@@ -20,19 +19,6 @@ from edgeflow.training.sheet import draw_sheet, sheet_prompts
 def velocity_field(unet: nn.Module, text: Tensor) -> flow.Velocity:
     """The UNet as a velocity field under text states (N, L, D)."""
     return lambda x, t: unet(x, t, text).sample.float()
-
-
-def parts_beside(source: Path, parts: Parts, where: str) -> Parts:
-    """The parts of the model in ``source``, whose latents and text states must be those of ``parts``.
-
-    Raises UsageError, which begins with ``where``.
-    """
-    other = load_parts(source)
-    for name in ("vae", "text_encoder"):
-        mine, theirs = (getattr(p, name).state_dict() for p in (parts, other))
-        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k]) for k in mine):
-            raise UsageError(f"{where} {source}: expected the {name} of --from, got another")
-    return other
 
 
 def save_flow(parts: Parts, unet: nn.Module, folder: Path, facts: dict[str, object]) -> None:

@@ -12,7 +12,6 @@ from edgeflow.training.adversarial import AdversarialConfig
 from edgeflow.training.autoencoder import AutoencoderConfig
 from edgeflow.training.config import LoopConfig
 from edgeflow.training.distill import DistillConfig
-from edgeflow.training.dmd import DmdConfig
 from edgeflow.training.models import ModelShape
 from edgeflow.training.pairs import PairsConfig
 from edgeflow.training.presets_sd15 import SD15
@@ -58,11 +57,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reflow": ReflowConfig(_tiny(10), sample_steps=5),
         "distill": DistillConfig(_tiny(10), target_steps=2, perceptual_weight=0.1),
         "adversarial": AdversarialConfig(_tiny(10)),
-        "dmd": DmdConfig(_tiny(10)),
         "qat": QatConfig(replace(_tiny(10), learning_rate=5e-5)),
     },
-    # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop's alone. The logs lie beside
-    # the shipped weights in edgeflow/models/emoji/training.
+    # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop's alone. The shipped model had more
+    # of each than these minutes: its card and logs are in edgeflow/models/emoji.
     "emoji": {
         # 4,800 steps in 155 s, 4,330 pictures/s: L1 0.020, mean PSNR over the sheet 32.7 dB
         "autoencoder": AutoencoderConfig(_gpu(8000, 128, 5e-4, decay_fraction=0.3, minutes=2.6), EMOJI_SHAPE),
@@ -78,8 +76,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "distill": DistillConfig(
             _gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.35), perceptual_weight=0.2
         ),
-        "adversarial": AdversarialConfig(_gpu(20000, 256, 1e-4, decay_fraction=0.3, minutes=4.0)),
-        "dmd": DmdConfig(_gpu(20000, 256, 1e-4, decay_fraction=0.3, minutes=4.0)),
+        # on one H200, 900 steps, then 2,600 more from their weights, 3,900 pictures/s: docs/one-step.md
+        "adversarial": AdversarialConfig(
+            _gpu(20000, 256, 1e-4, decay_fraction=0.3, minutes=4.0), adversarial_weight=0.2, real_fraction=0.5
+        ),
         # of a given recipe's integers, from the one-step model: `edgeflow train qat --recipe w4g32`;
         # a higher rate than 1e-4 undoes what rounding left, on a CPU at batch 8 and on `tiny`
         "qat": QatConfig(
@@ -87,4 +87,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
     },
 }
-STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill", "adversarial", "dmd", "qat")
+STAGES = ("autoencoder", "teacher", "pairs", "reflow", "distill", "adversarial", "qat")

@@ -21,7 +21,6 @@ from edgeflow.training.autoencoder import AutoencoderObjective
 from edgeflow.training.config import resolve, to_dict
 from edgeflow.training.corpus import Corpus
 from edgeflow.training.distill import DistillObjective
-from edgeflow.training.dmd import DmdObjective
 from edgeflow.training.loop import check_run, start_run, train
 from edgeflow.training.models import Parts, load_autoencoder, load_parts
 from edgeflow.training.pair_source import open_pairs
@@ -44,7 +43,6 @@ _NEEDS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
     "reflow": (False, ("diffusion", "rectified-flow"), True),
     "distill": (False, ("rectified-flow", "diffusion", "one-step"), True),
     "adversarial": (False, ("one-step", "rectified-flow"), True),
-    "dmd": (False, ("one-step", "rectified-flow"), True),  # and --score
     "qat": (False, ("one-step",), False),
 }
 
@@ -61,7 +59,6 @@ class Request:
     pairs: Path | None = None
     prompts: Path | None = None  # pairs, qat: captions, one a line, in place of a data set's
     flow: Path | None = None  # distill: what draws the online targets, where it is not the source
-    score: Path | None = None  # dmd: the diffusion model whose pictures are matched
     toml: Path | None = None
     overrides: tuple[str, ...] = ()
     flags: dict[str, Any] | None = None
@@ -83,7 +80,7 @@ def run_stage(request: Request) -> Path:
     if not processes.main:
         logging.getLogger("edgeflow").setLevel(logging.ERROR)
     _check_needs(request)
-    _check_beside(request)
+    _check_flow(request)
     _check_device(config, device)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
@@ -106,7 +103,7 @@ def plan_stage(request: Request) -> dict[str, Any]:
     """
     config, device = _configure(request), pick_device(request.device)
     _check_needs(request)
-    _check_beside(request)
+    _check_flow(request)
     plan = header(request.stage, request.preset, request.out, device, config)
     if request.stage == "pairs":
         return {**plan, "pairs": config.num_pairs}
@@ -164,8 +161,6 @@ def _check_needs(request: Request) -> None:
         missing.append("--pairs DIR")
     if request.stage == "qat":
         missing += _qat_misses(request)
-    if request.stage == "dmd" and request.score is None:
-        missing.append("--score RUN (a checkpoint of kind diffusion)")
     if missing:
         raise UsageError(f"train {request.stage}: needs {', '.join(missing)}")
     if kinds:
@@ -178,19 +173,14 @@ def _check_needs(request: Request) -> None:
             )
 
 
-#: Options that name a second model: the stage that has a use for it, and of what kind it is.
-_BESIDE = {"flow": ("distill", "rectified-flow"), "score": ("dmd", "diffusion")}
-
-
-def _check_beside(request: Request) -> None:
-    for option, (stage, wanted) in _BESIDE.items():
-        if (path := getattr(request, option)) is None:
-            continue
-        if request.stage != stage:
-            raise UsageError(f"train {request.stage}: --{option}: expected the stage {stage}")
-        kind = Checkpoint.open(checkpoint_of(path)).kind
-        if kind != wanted:
-            raise UsageError(f"train {stage}: --{option} {path}: expected a {wanted}, got {kind}")
+def _check_flow(request: Request) -> None:
+    if request.flow is None:
+        return
+    if request.stage != "distill":
+        raise UsageError(f"train {request.stage}: --flow: expected the stage distill")
+    kind = Checkpoint.open(checkpoint_of(request.flow)).kind
+    if kind != "rectified-flow":
+        raise UsageError(f"train distill: --flow {request.flow}: expected a rectified-flow, got {kind}")
 
 
 def _check_device(config: Any, device: torch.device) -> None:
@@ -247,9 +237,6 @@ def _objective(request: Request, config: Any, device: torch.device) -> Any:
         size = int(Checkpoint.open(source).generation.picture_size)
         real = Corpus.load(request.data, "train", size, device) if request.data else None
         return AdversarialObjective(config, source, drawn, real, device)
-    if request.stage == "dmd":
-        assert request.score is not None
-        return DmdObjective(config, source, checkpoint_of(request.score), drawn, device)
     if request.stage == "distill":
         flow = checkpoint_of(request.flow) if request.flow else None
         return DistillObjective(config, source, drawn, device, flow)

@@ -50,11 +50,10 @@ _FOLDER = click.Path(path_type=Path)
     metavar="RUN",
     help="Run, checkpoint folder or hub id that the stage starts from.",
 )
-@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow to dmd).")
+@click.option("--pairs", type=_FOLDER, metavar="DIR", help="Folder of pairs (reflow, distill, adversarial).")
 @click.option(
     "--flow", type=_FOLDER, metavar="RUN", help="Flow that draws distill's online targets [--from]."
 )
-@click.option("--score", type=_FOLDER, metavar="RUN", help="Teacher whose pictures dmd matches as a set.")
 @click.option(
     "--prompts", type=_FOLDER, metavar="FILE", help="Captions, one a line, in place of --data (pairs, qat)."
 )
@@ -86,8 +85,6 @@ def command(as_json: bool, **options: Any) -> None:
     reflow       --pairs --from TEACHER    a flow with straight paths
     distill      --pairs --from REFLOW     the whole path in one step
     adversarial  --pairs --from DISTILL    sharper: against a discriminator (with --data, on real pictures)
-    dmd          --pairs --from DISTILL --score TEACHER
-                                           its pictures distributed as the teacher's
     qat          --recipe --pairs --from DISTILL   the same pictures from a recipe's integers
 
     Each stage writes its configuration, a metrics log, a sample sheet and a checkpoint into the run folder,

@@ -67,8 +67,6 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train("distill", "--from", out / "reflow", "--pairs", out / "pairs", "-o", out / "distill")
     sharpen = ("adversarial", "--from", out / "distill", "--pairs", out / "pairs")
     train(*sharpen, "--data", data, "--set", "real_fraction=0.5", "-o", out / "adversarial")
-    match = ("dmd", "--from", out / "distill", "--pairs", out / "pairs", "--score", out / "teacher")
-    train(*match, "-o", out / "dmd")
     return out
 
 
@@ -79,7 +77,6 @@ def test_every_stage_leaves_its_files(runs: Path) -> None:
         "reflow": "rectified-flow",
         "distill": "one-step",
         "adversarial": "one-step",
-        "dmd": "one-step",
     }
     for stage, kind in kinds.items():
         assert Checkpoint.open(runs / stage / "checkpoint").kind == kind
@@ -246,23 +243,6 @@ def test_the_adversarial_stage_goes_on_with_its_discriminator(runs: Path, data: 
     train(*arguments, "--set", "real_fraction=0.5", "-o", out, "--resume")
     name = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
     assert (out / name).read_bytes() == (runs / "adversarial" / name).read_bytes()
-
-
-def test_distribution_matching_goes_on_with_its_fake_network(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Six steps and four more are ten, bit for bit; a teacher that is none is one sentence."""
-    out = tmp_path / "dmd"
-    arguments = ("dmd", "--from", runs / "distill", "--pairs", runs / "pairs", "--score")
-    train(*arguments, runs / "teacher", "-o", out, "--steps", 6)
-    train(*arguments, runs / "teacher", "-o", out, "--resume")
-    name = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
-    assert (out / name).read_bytes() == (runs / "dmd" / name).read_bytes()
-    line = [str(a) for a in ("train", *arguments, runs / "reflow", "-o", tmp_path / "no")]
-    assert main([*line, "--preset", "tiny", "--device", "cpu"]) == 2
-    assert "expected a diffusion, got rectified-flow" in capsys.readouterr().err
-    assert main([*line[:-4], "-o", str(tmp_path / "no"), "--preset", "tiny", "--device", "cpu"]) == 2
-    assert "needs --score RUN" in capsys.readouterr().err
 
 
 def test_online_targets_come_from_the_flow_that_is_named(
