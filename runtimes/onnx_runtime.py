@@ -39,6 +39,10 @@ _CAPTURE = {
     "do_copy_in_default_stream": "1",
 }
 _ERRORS_ONLY = 3
+#: A graph of integer weights up to so many bytes is opened with float ones, which take four to eight times as
+#: much memory: ONNX Runtime's CPU has no convolution of integers and floats, so it would make floats of the
+#: same weights for every picture again.
+FOLDED_BYTES = 128 * 2**20
 #: Types that optimizing a graph makes of several stored operations.
 _FUSED = ("nchwc:Conv", "FusedConv", "FusedMatMul", "FusedGemm", "nchwc:Upsample")
 
@@ -171,6 +175,11 @@ class _Bound:
         return [value.numpy().copy() for value in self._outputs.values()]
 
 
+def _is_small(path: Path) -> bool:
+    """Whether the graph may have its weights in float; they lie in it, or beside it in its folder."""
+    return sum(file.stat().st_size for file in path.parent.iterdir()) <= FOLDED_BYTES
+
+
 def _types(path: Path) -> Counter[str]:
     """Type → how many; of convolutions in blocks of channels ``nchwc:Conv``. Weights are not read."""
     nodes = node_types(path)
@@ -211,8 +220,11 @@ def _session(
     options.log_severity_level = _ERRORS_ONLY
     # By default a quantized weight's product rounds its activations to int8 as well; 1 keeps them float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if rounds_activations(bundle.manifest.recipe):
+    path = inside(bundle.root, graph.file)
+    folded = bundle.manifest.recipe is not None and tuple(providers) == (CPU,) and not frugal
+    if rounds_activations(bundle.manifest.recipe) or (folded and _is_small(path)):
         # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
+        # And so DequantizeLinear of a constant is folded into the float weight as the session opens.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     disabled = []
     if frugal:
@@ -226,7 +238,6 @@ def _session(
         options.add_session_config_entry(f"{entry}min_size_in_bytes", "64")
     if adjust is not None:
         adjust(options)
-    path = inside(bundle.root, graph.file)
     try:
         session = ort.InferenceSession(
             str(path),

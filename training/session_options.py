@@ -1,6 +1,6 @@
 """Which options of a session make a picture faster on this machine: each against what the runtime sets.
 
-    python -m edgeflow.training.session_options BUNDLE... [--threads N] [--launches N]
+    python -m edgeflow.training.session_options BUNDLE... [--threads N] [--launches N] [--only OPTION]...
 
 Every launch is a process that opens the bundle once with each set of options and draws in turns; a ratio is
 taken a launch, and its interval is Student's t over launches, as ``edgeflow bench`` does. Pictures must stay
@@ -49,6 +49,7 @@ ONNX: Mapping[str, Callable[[Any], None] | None] = {
     "no blocked layout (extended)": _extended,
     "no prepacking": _entry("session.disable_prepacking", "1"),
     "denormals as zero": _entry("session.set_denormal_as_zero", "1"),
+    "quantized weights made float when opening": _entry("session.disable_quant_qdq", "1"),
     "gelu by tanh": _entry("optimization.enable_gelu_approximation", "1"),
 }
 OPENVINO: Mapping[str, Mapping[str, Any]] = {
@@ -69,10 +70,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--launches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", action="append", metavar="OPTION", help="Try this one alone; may repeat.")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
     if asked.child:
-        print(json.dumps(_launch(asked.bundles[0], asked.rounds, asked.runs)))
+        print(json.dumps(_launch(asked.bundles[0], asked.rounds, asked.runs, asked.only)))
         return 0
     for bundle in asked.bundles:
         print(table(bundle, [_spawned(bundle, asked) for _ in range(asked.launches)]), flush=True)
@@ -102,12 +104,13 @@ def table(bundle: str, launches: list[dict[str, Any]]) -> str:
 def _spawned(bundle: str, asked: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "edgeflow.training.session_options", bundle, "--child"]
     command += ["--rounds", str(asked.rounds), "--runs", str(asked.runs)]
+    command += [word for name in asked.only or () for word in ("--only", name)]
     threads = {} if asked.threads is None else {"OMP_NUM_THREADS": str(asked.threads)}
     made = subprocess.run(command, env={**os.environ, **threads}, stdout=subprocess.PIPE, check=True)
     return json.loads(made.stdout)
 
 
-def _launch(path: str, rounds: int, runs: int) -> dict[str, Any]:
+def _launch(path: str, rounds: int, runs: int, only: list[str] | None) -> dict[str, Any]:
     """Option set → its session's milliseconds and its rounds of warm pictures, in milliseconds."""
     import numpy as np
 
@@ -119,7 +122,13 @@ def _launch(path: str, rounds: int, runs: int) -> dict[str, Any]:
     runtimes: dict[str, Any] = {}
     found: dict[str, dict[str, Any]] = {}
     expected = None
-    for name in KNOWN[bundle.manifest.backend]:
+    known = KNOWN[bundle.manifest.backend]
+    unknown = sorted(set(only or ()) - set(known))
+    if unknown:
+        raise SystemExit(f"session_options: --only {unknown[0]}: not known; known: {', '.join(known)}")
+    for name in known:
+        if only and name not in (AS_SET, *only):
+            continue
         start = time.perf_counter()
         runtimes[name] = _opened(bundle, name)
         found[name] = {"session_ms": (time.perf_counter() - start) * 1000, "rounds": []}

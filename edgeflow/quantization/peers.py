@@ -2,10 +2,14 @@
 
     python -m edgeflow.quantization.peers emoji --num-prompts 8
 
-The float model is exported once a backend (fp32, one graph); each tool quantizes that graph by itself, the
-result is run by its backend, and its pictures are compared with PyTorch's float ones of the same prompts and
-noise. edgeflow's rows are its quantized checkpoint in PyTorch, whose integers every bundle holds, and the
-bytes of its fp32 bundle's graph. A tool that is not installed has a row that says so.
+The float model is exported once a backend, as one graph; each tool quantizes that graph by itself
+(edgeflow.quantization.peer_tools), the result is run by its backend, and its pictures are compared with
+PyTorch's float ones of the same prompts and noise. No two tools quantize the same layers, so rows are grouped
+by what is stored how, and edgeflow has a row for every group: a shipped recipe where there is one, else a
+recipe that stores the very kinds of layers so that the group's tools do. edgeflow's pictures are those of its
+quantized checkpoint in PyTorch, whose integers every bundle holds; tools that look at activations have the
+prompts and noise that edgeflow's gptq has. Bytes are of the graph: fp32, with OpenVINO fp16, in which NNCF
+writes its scales. A tool that is not installed has a row that says so.
 """
 
 from __future__ import annotations
@@ -19,72 +23,130 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 import numpy as np
 
 from edgeflow import metrics
+from edgeflow.apple import AppleSettings
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import options
 from edgeflow.errors import EdgeflowError
 from edgeflow.export import export_model
 from edgeflow.generate import load_runtime, run_pipeline
+from edgeflow.noise import gaussian_noise
 from edgeflow.parity_reference import Sample, reference_from_checkpoint
-from edgeflow.quantization.recipe import read_recipe
+from edgeflow.quantization import peer_tools as tools
+from edgeflow.quantization.peer_tools import RUN, TOOLS, Feed
+from edgeflow.quantization.recipe import (
+    GPTQ,
+    NEAREST,
+    Recipe,
+    parse_recipe,
+    read_recipe,
+    rounds_activations,
+)
+from edgeflow.quantization.schemes import FLOAT
 
-GROUP = 32
+#: What the graphs of a backend are exported and weighed in.
+PRECISION = {"onnx": "fp32", "openvino": "fp16", "coreml": "fp32"}
+#: Calibration pictures, for edgeflow's gptq and for the tools that look at activations.
+PICTURES = 64
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tool at one setting; ``psnr_db`` by prompt, empty where ``said`` tells why."""
+    """One tool at one setting; ``psnr_db`` by prompt, empty where ``said`` tells why; bytes by backend."""
 
-    bits: str
+    stored: str
     tool: str
     setting: str
-    graph_bytes: int | None
-    psnr_db: tuple[float, ...]
+    psnr_db: tuple[float, ...] = ()
+    graph_bytes: Mapping[str, int] = field(default_factory=dict)
     said: str = ""
 
 
-#: bits, recipe, rounding, backend whose graph is weighed.
+@dataclass(frozen=True)
+class Ours:
+    """One recipe of edgeflow's: a shipped one by name, or schemes by kind of layer."""
+
+    stored: str
+    recipe: str | Mapping[str, str]
+    backends: tuple[str, ...]
+    roundings: tuple[str, ...] = (NEAREST, GPTQ)
+
+
+def _kinds(linear: str, embedding: str, convolution: str) -> dict[str, str]:
+    return {"linear": linear, "embedding": embedding, "convolution": convolution}
+
+
 OURS = (
-    ("8", "w8", "nearest", "onnx"),
-    ("8", "w8", "gptq", "onnx"),
-    ("4", "w4g32", "nearest", "onnx"),
-    ("4", "w4g32", "gptq", "onnx"),
-    ("6, table", "w6", "nearest", "coreml"),
-    ("4, table", "w4", "nearest", "coreml"),
+    Ours(tools.EIGHT, "w8", ("openvino", "coreml")),
+    Ours(tools.EIGHT_INPUTS, "w8a8", ("onnx",), (NEAREST,)),
+    Ours(tools.EIGHT_PRODUCTS, _kinds("w8g32", FLOAT, FLOAT), ("onnx",)),
+    Ours(tools.FOUR, _kinds("w4g32", "w4g32", "w4g32"), ("coreml",)),
+    Ours(tools.FOUR_AND_EIGHT, _kinds("w4g32", "w4g32", "w8"), ("openvino",)),
+    Ours(tools.FOUR_PRODUCTS, _kinds("w4g32", FLOAT, FLOAT), ("onnx",)),
+    Ours(tools.SIX_TABLE, "w6", ("coreml",), (NEAREST,)),
+    Ours(tools.FOUR_TABLE, "w4", ("coreml",), (NEAREST,)),
 )
+
+
+def recipe_of(checkpoint: Checkpoint, asked: str | Mapping[str, str]) -> Recipe:
+    """A shipped recipe, or one rule a layer by its kind; the timestep's layers, which graphs fold,
+    stay float.
+
+    A layer that does not divide into groups is stored in 8 bits in its stead.
+    """
+    from edgeflow.loading import load_part
+    from edgeflow.quantization.apply import PLACES, layers_of
+
+    if isinstance(asked, str):
+        return read_recipe(asked)
+    rules = []
+    for component, (part, _) in PLACES.items():
+        for name, layer in layers_of(component, load_part(checkpoint, part)).items():
+            shape = layer.weight.shape
+            kind = "convolution" if len(shape) == 4 else "embedding" if "embeddings." in name else "linear"
+            scheme = FLOAT if "time_emb" in name else asked[kind]
+            rules.append({"component": component, "pattern": name, "scheme": scheme, "fallback": "w8"})
+    name = ", ".join(f"{kind}s {scheme}" for kind, scheme in asked.items() if scheme != FLOAT)
+    if len(set(asked.values())) == 1:
+        name = f"{asked['linear']} throughout"
+    return parse_recipe({"schema": 1, "name": name, "rules": rules, "found_by": "by kind of layer"}, name)
 
 
 def our_rows(
     checkpoint: Checkpoint, samples: tuple[Sample, ...], work: Path, prompts: str | None
 ) -> Iterator[Row]:
     from edgeflow.quantization.apply import calibrated_recipe, quantize_checkpoint
-    from edgeflow.quantization.calibration import PICTURES
 
-    for bits, name, rounding, backend in OURS:
-        out = work / f"{name}-{rounding}"
-        source = None if rounding == "nearest" else prompts
-        recipe, drawn = calibrated_recipe(checkpoint, read_recipe(name), rounding, source, PICTURES)
-        quantize_checkpoint(checkpoint, recipe, out, calibration=drawn)
-        model = Checkpoint.open(out)
-        (bundle,) = export_model(model, backends=[backend], out=work / f"{name}-{rounding}-bundles")
-        setting = name if rounding == "nearest" else f"{name}, {rounding}"
-        yield Row(bits, "edgeflow", setting, _bytes(bundle), _drawn(model, None, samples))
+    for i, ours in enumerate(OURS):
+        plain = recipe_of(checkpoint, ours.recipe)
+        weighed: dict[str, int] = {}
+        for rounding in ours.roundings:
+            out = work / f"ours{i}-{rounding}"
+            source = prompts if rounding != NEAREST or rounds_activations(plain.raw) else None
+            recipe, drawn = calibrated_recipe(checkpoint, plain, rounding, source, PICTURES)
+            quantize_checkpoint(checkpoint, recipe, out, calibration=drawn)
+            model = Checkpoint.open(out)
+            for backend in ours.backends if not weighed else ():  # integers of other values, no other bytes
+                where, precision = work / f"ours{i}-bundles", PRECISION[backend]
+                (bundle,) = export_model(model, backends=[backend], precisions=[precision], out=where)
+                weighed[backend] = _bytes(bundle)
+            setting = plain.name if rounding == NEAREST else f"{plain.name}, {rounding}"
+            yield Row(ours.stored, "edgeflow", setting, _drawn(model, samples), dict(weighed))
 
 
-def _drawn(model: Checkpoint | Bundle, runtime: str | None, samples: tuple[Sample, ...]) -> tuple[float, ...]:
+def _drawn(model: Checkpoint, samples: tuple[Sample, ...]) -> tuple[float, ...]:
     """PSNR of each prompt's picture against PyTorch's float one, in dB."""
-    loaded = load_runtime(model, runtime)
+    loaded = load_runtime(model, None)
     values = []
     for sample in samples:
         ids, noise = sample.arrays["input_ids"], sample.arrays["noise"]
@@ -101,132 +163,52 @@ def _bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in files)
 
 
-# --- onnxruntime ----------------------------------------------------------------------------------------
+def calibration_feeds(checkpoint: Checkpoint, prompts: str | None, like: Feed) -> list[Feed]:
+    """The prompts and noise of edgeflow's own calibration, in the dtypes of ``like``."""
+    from edgeflow.quantization.calibration import SEED
+    from edgeflow.quantization.prompts import calibration_prompts
+    from edgeflow.tokenizer import ClipTokenizer
+
+    texts, _ = calibration_prompts(checkpoint, prompts)
+    spec = checkpoint.generation
+    tokenizer = ClipTokenizer.from_folder(spec.tokenizer_dir)
+    return [
+        {
+            "input_ids": np.asarray(tokenizer.encode(texts[i % len(texts)])).astype(like["input_ids"].dtype),
+            "noise": gaussian_noise(SEED + i, (1, *spec.latent_shape)).astype(like["noise"].dtype),
+        }
+        for i in range(PICTURES)
+    ]
 
 
-def ort_dynamic(source: Path, out: Path) -> None:
-    """Weights and, as they come, activations in 8 bits: MatMulInteger and ConvInteger."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def peer_rows(
+    checkpoint: Checkpoint, samples: tuple[Sample, ...], work: Path, prompts: str | None
+) -> Iterator[Row]:
+    @cache
+    def graph(backend: str) -> Path:
+        apple = AppleSettings(target="iOS18") if backend == "coreml" else AppleSettings()  # int4 needs it
+        (bundle,) = export_model(checkpoint, backends=[backend], out=work / "float", apple=apple)
+        return bundle / Bundle.open(bundle).manifest.graphs[0].file
 
-    quantize_dynamic(source, out, per_channel=True, weight_type=QuantType.QInt8)
+    @cache
+    def feeds() -> list[Feed]:
+        return calibration_feeds(checkpoint, prompts, samples[0].arrays)
 
-
-def ort_nbits(bits: int) -> Callable[[Path, Path], None]:
-    """MatMulNBits: products alone, in blocks of 32; convolutions stay float."""
-
-    def quantize(source: Path, out: Path) -> None:
-        import onnx
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-        tool = MatMulNBitsQuantizer(onnx.load(source), bits=bits, block_size=GROUP, is_symmetric=True)
-        tool.process()
-        tool.model.save_model_to_file(str(out), use_external_data_format=False)
-
-    return quantize
-
-
-def run_onnx(path: Path, sample: Sample) -> np.ndarray:
-    import onnxruntime as ort
-
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    kinds = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
-    feeds = {
-        i.name: sample.arrays["input_ids" if "ids" in i.name else "noise"].astype(kinds[i.type])
-        for i in session.get_inputs()
-    }
-    return session.run(None, feeds)[0]
-
-
-# --- OpenVINO and Core ML -------------------------------------------------------------------------------
-
-
-def nncf_weights(mode: str) -> Callable[[Path, Path], None]:
-    def quantize(source: Path, out: Path) -> None:
-        import nncf
-        import openvino
-
-        more = {"group_size": GROUP, "ratio": 1.0, "all_layers": True} if "INT4" in mode else {}
-        how = getattr(nncf.CompressWeightsMode, mode)
-        model = nncf.compress_weights(openvino.Core().read_model(source), mode=how, **more)
-        out.mkdir()
-        openvino.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
-
-    return quantize
-
-
-def run_openvino(path: Path, sample: Sample) -> np.ndarray:
-    import openvino
-
-    config = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    model = openvino.Core().compile_model(path / "openvino_model.xml", "CPU", config)
-    return np.array(model({name: sample.arrays[name] for name in ("input_ids", "noise")})[0])
-
-
-def coreml_weights(kind: str, bits: int) -> Callable[[Path, Path], None]:
-    def quantize(source: Path, out: Path) -> None:
-        import coremltools as ct
-        import coremltools.optimize.coreml as cto
-
-        if kind == "palette":
-            how: Any = cto.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=0)
-            tool: Any = cto.palettize_weights
-        else:
-            block = {"granularity": "per_block", "block_size": GROUP} if bits == 4 else {}
-            how = cto.OpLinearQuantizerConfig(
-                mode="linear_symmetric", dtype=f"int{bits}", weight_threshold=0, **block
-            )
-            tool = cto.linear_quantize_weights
-        model = ct.models.MLModel(str(source), skip_model_load=True)
-        tool(model, cto.OptimizationConfig(global_config=how)).save(str(out))
-
-    return quantize
-
-
-def run_coreml(path: Path, sample: Sample) -> np.ndarray:
-    from edgeflow.runtimes.mil_interpreter import MilInterpreter
-
-    program = MilInterpreter.open(path)
-    feeds = {name: sample.arrays["input_ids" if "ids" in name else "noise"] for name in program.inputs}
-    return next(iter(program.run(feeds).values()))
-
-
-_PACKAGE = ".mlpackage"
-_linear, _kmeans = partial(coreml_weights, "linear"), partial(coreml_weights, "palette")
-#: bits, tool, setting, backend, the package it takes, what quantizes, what runs, end of the file's name.
-PEERS: tuple[tuple[Any, ...], ...] = (
-    ("8", "onnxruntime", "quantize_dynamic", "onnx", "onnxruntime", ort_dynamic, run_onnx, ".onnx"),
-    ("8", "onnxruntime", "MatMulNBits", "onnx", "onnxruntime", ort_nbits(8), run_onnx, ".onnx"),
-    ("4", "onnxruntime", "MatMulNBits", "onnx", "onnxruntime", ort_nbits(4), run_onnx, ".onnx"),
-    ("8", "nncf", "INT8_SYM", "openvino", "nncf", nncf_weights("INT8_SYM"), run_openvino, ""),
-    ("4", "nncf", "INT4_SYM g32", "openvino", "nncf", nncf_weights("INT4_SYM"), run_openvino, ""),
-    ("8", "coremltools", "linear", "coreml", "coremltools", _linear(8), run_coreml, _PACKAGE),
-    ("4", "coremltools", "linear g32", "coreml", "coremltools", _linear(4), run_coreml, _PACKAGE),
-    ("6, table", "coremltools", "kmeans", "coreml", "sklearn", _kmeans(6), run_coreml, _PACKAGE),
-    ("4, table", "coremltools", "kmeans", "coreml", "sklearn", _kmeans(4), run_coreml, _PACKAGE),
-)  # fmt: skip
-
-
-def peer_rows(checkpoint: Checkpoint, samples: tuple[Sample, ...], work: Path) -> Iterator[Row]:
-    graphs: dict[str, Path] = {}
-    for i, (bits, tool, setting, backend, package, quantize, run, end) in enumerate(PEERS):
+    for i, tool in enumerate(TOOLS):
+        run, end = RUN[tool.backend]
+        out = work / f"peer{i}{end}"
         try:
-            importlib.import_module(package)
-            if backend not in graphs:
-                (bundle,) = export_model(checkpoint, backends=[backend], out=work / "float")
-                graphs[backend] = bundle / Bundle.open(bundle).manifest.graphs[0].file
-            out = work / f"peer{i}{end}"
+            importlib.import_module(tool.package)
             with _quiet():
-                quantize(graphs[backend], out)
-                pictures = [run(out, sample) for sample in samples]
+                tool.quantize(graph(tool.backend), out, feeds)
+                pictures = [run(out, sample.arrays) for sample in samples]
         except Exception as error:  # a peer's failure is its row, whatever it raises
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            yield Row(bits, tool, setting, None, (), f"{type(error).__name__}: {reason[0]:.120}")
+            reason = str(error).strip().splitlines() or [""]
+            yield Row(tool.stored, tool.tool, tool.setting, said=f"{type(error).__name__}: {reason[0]:.120}")
             continue
         pairs = zip(samples, pictures, strict=True)
         values = tuple(metrics.psnr_db(s.picture, np.clip(p, 0, 1), peak=1.0) for s, p in pairs)
-        yield Row(bits, tool, setting, _bytes(out), values)
+        yield Row(tool.stored, tool.tool, tool.setting, values, {tool.backend: _bytes(out)})
 
 
 @contextlib.contextmanager
@@ -243,19 +225,20 @@ def _quiet() -> Iterator[None]:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows of equal bits together, best median first, as Markdown."""
-    lines = ["| bits | tool | setting | worst | median | graph |", "|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda r: (r.bits, -median(r.psnr_db) if r.psnr_db else 0.0)):
-        lines.append(f"| {row.bits} | {row.tool} | {row.setting} | {_figures(row, ' | ')} |")
+    """Groups in their order, in each the best median first, as Markdown."""
+    lines = ["| stored | tool | setting | worst | median | graph |", "|---|---|---|---:|---:|---|"]
+    order = {stored: i for i, stored in enumerate(tools.STORED)}
+    for row in sorted(rows, key=lambda r: (order[r.stored], -median(r.psnr_db) if r.psnr_db else 0.0)):
+        lines.append(f"| {row.stored} | {row.tool} | {row.setting} | {_figures(row, ' | ')} |")
     return "\n".join(lines)
 
 
 def _figures(row: Row, between: str) -> str:
-    """Worst and median picture, and the graph's size; or why there are none."""
-    if not row.psnr_db or row.graph_bytes is None:
+    """Worst and median picture, and the graph's size by backend; or why there are none."""
+    if not row.psnr_db:
         return row.said or "–"
-    size = f"{row.graph_bytes / 2**20:.2f} MiB"
-    return between.join((f"{min(row.psnr_db):.1f} dB", f"{median(row.psnr_db):.1f} dB", size))
+    sizes = " / ".join(f"{size / 2**20:.2f} MiB {backend}" for backend, size in row.graph_bytes.items())
+    return between.join((f"{min(row.psnr_db):.1f} dB", f"{median(row.psnr_db):.1f} dB", sizes))
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -270,10 +253,10 @@ def main(model: str, num_prompts: int, calibration: str | None, as_json: bool) -
         samples = reference_from_checkpoint(checkpoint, checkpoint.generation.prompts, num_prompts).samples
         rows = []
         with tempfile.TemporaryDirectory() as work:
-            peers = peer_rows(checkpoint, samples, Path(work))
+            peers = peer_rows(checkpoint, samples, Path(work), calibration)
             ours = our_rows(checkpoint, samples, Path(work), calibration)
             for row in itertools.chain(peers, ours):
-                print(f"{row.bits} bits, {row.tool}, {row.setting}: {_figures(row, ', ')}", file=sys.stderr)
+                print(f"{row.stored}: {row.tool}, {row.setting}: {_figures(row, ', ')}", file=sys.stderr)
                 rows.append(row)
     except EdgeflowError as error:
         raise SystemExit(f"Error: {error}") from error

@@ -5,6 +5,7 @@ Blocks lie along axis 1, a weight's input channels, and never across output chan
 
     scheme   integers        block of (O, I)   of (O, I, kh, kw)   scale of (O, I, kh, kw)
     w8       int8 ±127       (1, I)            (1, I, kh, kw)      (O, 1, 1, 1)
+    w8g32    int8 ±127       (1, 32)           (1, 32, 1, 1)       (O, I/32, kh, kw)
     w4g32    int4 −8…7       (1, 32)           (1, 32, 1, 1)       (O, I/32, kh, kw)
 
 ``w4g32z`` is ``w4g32`` with an int4 zero point for each block. ``w8a8`` is ``w8`` with the layer's input in
@@ -58,6 +59,7 @@ SCHEMES = {
     s.name: s
     for s in (
         Scheme("w8", 8, -127, 127, None, False),
+        Scheme("w8g32", 8, -127, 127, 32, False),
         Scheme("w4g32", 4, -8, 7, 32, False),
         Scheme("w4g32z", 4, -8, 7, 32, True),
         Scheme("w8a8", 8, -127, 127, None, False, activations=True),

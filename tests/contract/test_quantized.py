@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeflow import parity
+from edgeflow import metrics, parity
 from edgeflow.apple import AppleSettings
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
@@ -42,12 +42,15 @@ RECIPE: dict[str, Any] = {
         {"component": "text_encoder", "pattern": "*", "scheme": "w8"},
         {"component": "unet", "pattern": "conv_in", "scheme": "w8"},
         {"component": "unet", "pattern": "down_blocks.*.resnets.*", "scheme": "w4g32z", "fallback": "w8"},
+        {"component": "unet", "pattern": "mid_block.*", "scheme": "w8g32"},
         {"component": "unet", "pattern": "*", "scheme": "w4g32", "fallback": "w8"},
         {"component": "decoder", "pattern": "*", "scheme": "w8"},
     ],
     "gates": {"sqnr_db": 0, "psnr_db": 1000},
     "found_by": "a test",
 }
+#: Bits of a weight in groups, and whether they have zero points.
+GROUPED = ((8, False), (4, False), (4, True))
 #: What is weighed against theory: the whole graph, but OpenVINO's description, which is text.
 WEIGHED = {"onnx": ("model.onnx",), "openvino": (".bin",), "coreml": ("weight.bin", "model.mlmodel")}
 #: At most so many bytes of OpenVINO's description for each layer of the checkpoint, measured: some 5,000.
@@ -210,11 +213,12 @@ READ = {"onnx": read_onnx, "openvino": read_openvino, "coreml": read_coreml}
 def test_the_recipe_covers_every_scheme_and_kind_of_layer(checkpoint: Checkpoint, exported: Any) -> None:
     model = model_of(exported("onnx")[0])
     seen = {
-        (layer.bits, layer.zero_point, len(layer.shape))
+        (layer.bits, layer.scale_shape[1] > 1, layer.zero_point, len(layer.shape))
         for part in ("text_encoder", "unet", "vae")
         for layer in model.quantized_layers(part).values()
     }
-    assert seen >= {(8, False, 2), (8, False, 4), (4, False, 2), (4, False, 4), (4, True, 2), (4, True, 4)}
+    whole = {(8, False, False, axes) for axes in (2, 4)}
+    assert seen >= whole | {(bits, True, zero, axes) for axes in (2, 4) for bits, zero in GROUPED}
     assert model.quantized_layers("text_encoder")["embeddings.token_embedding"].zero_point
 
 
@@ -279,6 +283,27 @@ def test_lowering_holds_and_the_quantization_gap_is_reported(
     assert gap["unet", "sqnr_db"].status == UNGATED and 5 < gap["unet", "sqnr_db"].worst < 40
     assert gap["pipeline", "sqnr_db"].status == PASS
     assert gap["pipeline", "psnr_db"].status == FAIL and not report.passed  # the recipe's own gate of 1000 dB
+
+
+def test_a_small_graph_opens_with_float_weights_and_a_large_one_keeps_integers(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeflow.runtimes import onnx_runtime
+    from edgeflow.runtimes.onnx_nodes import node_types
+
+    bundle = exported("onnx")[0]
+    (graph,) = bundle.manifest.graphs
+    arrays = bundle.reference()
+    feeds = {t.key: arrays[f"prompt0/{t.name}"] for t in graph.inputs}
+    pictures = []
+    for limit, integers in ((0, True), (onnx_runtime.FOLDED_BYTES, False)):
+        monkeypatch.setattr(onnx_runtime, "FOLDED_BYTES", limit)
+        path = tmp_path / f"{limit}.onnx"
+        session = onnx_runtime._session(bundle, graph, [onnx_runtime.CPU], capture=False, written=path)
+        kinds = {kind for _, kind in node_types(path)}
+        assert bool(kinds & {"DequantizeLinear", "MatMulNBits"}) == integers
+        pictures.append(session.run(None, feeds)[0])
+    assert metrics.psnr_db(*pictures, peak=1.0) > 90
 
 
 def test_without_the_float_checkpoint_the_gap_is_said_to_be_unmeasured(exported: Any) -> None:
