@@ -70,21 +70,23 @@ SCHEMES = {
 #: Look-up tables, which Core ML alone has: scheme → bits of an index; one table of 2^bits a weight.
 PALETTES = {"w6": 6, "w4": 4}
 _PALETTE_STEPS = 60
+_BINS = 4096  # of the values' density
 
 
 def palettize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """k-means of a weight's values: indices uint8 of its shape, table (2^bits,) float32, rising.
 
-    Lloyd's algorithm from the values' quantiles, which no chance enters; ``weight`` ≈ table[indices]. Table
-    values are numbers that float16 holds exactly.
+    Lloyd's algorithm, which no chance enters, from points as dense as the cube root of the values' density,
+    which is best for many points (Panter & Dite 1951); quantiles would leave the tails too few. ``weight`` ≈
+    table[indices]. Table values are numbers that float16 holds exactly.
     """
     import torch
 
     values = weight.detach().double().flatten().sort().values
-    count = 1 << bits
-    distinct = values.unique()
-    places = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * len(distinct)).long()
-    table = distinct[places]
+    count, low, high = 1 << bits, values[0], values[-1]
+    density = torch.histc(values, _BINS, low.item(), high.item()).pow(1 / 3).cumsum(0)
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count * density[-1]
+    table = low + (torch.searchsorted(density, places) + 0.5) / _BINS * (high - low)
     sums = torch.cat((torch.zeros(1, dtype=torch.float64), values.cumsum(0)))
     for _ in range(_PALETTE_STEPS):
         cuts = torch.searchsorted(values, (table[1:] + table[:-1]) / 2)

@@ -95,6 +95,16 @@ def test_a_palette_is_the_best_of_all_cuts_on_a_case_small_enough_to_try_them() 
     assert torch.equal(table[indices.long()], exact)
 
 
+@pytest.mark.parametrize(("bits", "optimum_db"), [(4, 20.22), (6, 31.89)])
+def test_a_palette_of_gaussian_weights_is_as_good_as_the_best_known(bits: int, optimum_db: float) -> None:
+    """The optimum of 16 and of 64 levels for N(0, 1) (Max 1960, IRE Trans. Inf. Theory 6, and its
+    continuation) is 20.22 and 31.89 dB; started from quantiles, 64 levels end 2.6 dB below."""
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    indices, table = palettize(weight, bits)
+    error = (table[indices.long()] - weight).square().mean()
+    assert 10 * torch.log10(weight.square().mean() / error).item() == pytest.approx(optimum_db, abs=0.15)
+
+
 # --- recipes --------------------------------------------------------------------------------------------
 
 
