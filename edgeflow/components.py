@@ -28,8 +28,9 @@ from edgeflow.apple import FUSED
 from edgeflow.checkpoint import KINDS, Checkpoint
 from edgeflow.errors import ExportError
 from edgeflow.loading import check_classes, load_part
+from edgeflow.sharing import sharing_copy
 from edgeflow.spec import COMPONENTS, FIRST_TIMESTEP, PIPELINE, GenerationSpec, TensorSpec
-from edgeflow.upsampling import merge_upsampling, sharing_copy
+from edgeflow.upsampling import merge_upsampling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

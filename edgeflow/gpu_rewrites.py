@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgeflow.components import TextLayer, sharing_copy
+from edgeflow.components import TextLayer
+from edgeflow.sharing import sharing_copy
+from edgeflow.upsampling import expect_twice, is_plain_3x3, phase_kernels, replace_upsamplers
 
 #: A head wider than this has no flash or cuDNN kernel.
 WIDEST_HEAD = 256
@@ -173,19 +175,8 @@ def _constant(tensor: Tensor) -> nn.Parameter:
 
 def fuse_upsampling(module: nn.Module) -> int:
     """The rewrite ``upsample``, over diffusers' Upsample2D and nn.Upsample before a convolution."""
-    count = 0
-    for parent, name, child in _children(module):
-        this: Any = child
-        if (
-            type(child).__name__ == "Upsample2D"
-            and this.norm is None
-            and _is_3x3(getattr(this, "conv", None))
-        ):
-            setattr(parent, name, SubpixelConv(this.conv))
-            count += 1
-        elif isinstance(child, nn.Sequential):
-            count += _fuse_sequence(child)
-    return count
+    sequences = [child for child in module.modules() if isinstance(child, nn.Sequential)]
+    return replace_upsamplers(module, SubpixelConv) + sum(map(_fuse_sequence, sequences))
 
 
 def _fuse_sequence(layers: nn.Sequential) -> int:
@@ -193,19 +184,10 @@ def _fuse_sequence(layers: nn.Sequential) -> int:
     for i in range(len(layers) - 1):
         up: Any = layers[i]
         doubles = isinstance(up, nn.Upsample) and (up.mode, float(up.scale_factor or 0)) == ("nearest", 2.0)
-        if doubles and _is_3x3(layers[i + 1]):
+        if doubles and is_plain_3x3(layers[i + 1]):
             layers[i], layers[i + 1] = SubpixelConv(layers[i + 1]), nn.Identity()
             count += 1
     return count
-
-
-def _is_3x3(layer: Any) -> bool:
-    """Whether it is a plain float 3×3 convolution of stride 1 that keeps the picture's size with zeros."""
-    return (
-        type(layer) is nn.Conv2d
-        and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
-        and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
-    )
 
 
 class SubpixelConv(nn.Module):
@@ -221,12 +203,11 @@ class SubpixelConv(nn.Module):
     def __init__(self, conv: Any):
         super().__init__()
         self.out_channels = conv.out_channels
-        self.weight = _constant(_phases(conv.weight))
+        self.weight = _constant(phase_kernels(conv.weight).flatten(0, 2))  # phase (a, b) at 2a + b
         self.bias = None if conv.bias is None else _constant(conv.bias.repeat(4))
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        if output_size is not None:
-            raise ValueError("upsampling: expected twice the size, got another")
+        expect_twice(output_size)
         height, width = x.shape[-2:]
         y = F.conv2d(x, self.weight, self.bias, padding=1).unflatten(1, (2, 2, self.out_channels))
         rows = [
@@ -234,16 +215,6 @@ class SubpixelConv(nn.Module):
             for a in (0, 1)
         ]
         return torch.stack(rows, dim=-3).flatten(-2).flatten(-3, -2)
-
-
-def _phases(weight: Tensor) -> Tensor:
-    """(O, C, 3, 3) → (4·O, C, 2, 2), phase (a, b) at 2a + b."""
-
-    def halves(w: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        first, second, third = w.float().unbind(axis)
-        return torch.stack((first, second + third), axis), torch.stack((first + second, third), axis)
-
-    return torch.cat([columns for rows in halves(weight, 2) for columns in halves(rows, 3)]).to(weight.dtype)
 
 
 # --- group norm -----------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgeflow.components import TextEncoder, TextLayer, sharing_copy
+from edgeflow.components import TextEncoder, TextLayer
 from edgeflow.errors import ExportError
+from edgeflow.sharing import sharing_copy
 
 #: Queries that one product takes.
 QUERIES = 512

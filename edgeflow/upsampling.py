@@ -8,15 +8,17 @@ the multiplications, and the upsampled picture is never made. The same up to the
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgeflow.sharing import sharing_copy
+
 #: [phase][tap of 2][tap of 3]: which rows (or columns) of the 3×3 kernel fall on the same source row.
-_TAPS = ((((1, 0, 0), (0, 1, 1))), (((1, 1, 0), (0, 0, 1))))
+_TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 
 
 class PhaseConv(nn.Module):
@@ -24,14 +26,14 @@ class PhaseConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        taps = torch.tensor(_TAPS, dtype=conv.weight.dtype, device=conv.weight.device)
-        weight = torch.einsum("ptk,qsl,oikl->pqoits", taps, taps, conv.weight.detach())
+        weight = phase_kernels(conv.weight)
         self.weights = nn.ParameterList(
             nn.Parameter(weight[p, q].contiguous(), requires_grad=False) for p in (0, 1) for q in (0, 1)
         )
         self.bias = conv.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        expect_twice(output_size)
         phases = []
         for weight, (p, q) in zip(self.weights, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
             phases.append(F.conv2d(F.pad(x, (1 - q, q, 1 - p, p)), weight, self.bias))
@@ -39,32 +41,48 @@ class PhaseConv(nn.Module):
         return F.pixel_shuffle(stacked.flatten(1, 2), 2)
 
 
-class _Upsampler(nn.Module):
-    """Stands where a diffusers Upsample2D was."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        self.conv = PhaseConv(conv)
-
-    def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
-        return self.conv(hidden_states)
+def phase_kernels(weight: Tensor) -> Tensor:
+    """A 3×3 kernel (O, C, 3, 3) as the 2×2 kernels (2, 2, O, C, 2, 2) of the four phases: even and odd rows,
+    then columns. Sums are in float32 at least."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    taps = torch.tensor(_TAPS, dtype=dtype, device=weight.device)
+    return torch.einsum("ptk,qsl,oikl->pqoits", taps, taps, weight.detach().to(dtype)).to(weight.dtype)
 
 
-def sharing_copy(module: nn.Module) -> Any:
-    """A copy of the module's structure that shares its tensors."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+def expect_twice(output_size: Any) -> None:
+    """What stands in an Upsample2D's place doubles the picture: raises ValueError for a size of its own."""
+    if output_size is not None:
+        raise ValueError("upsampling: expected twice the size, got another")
 
 
 def merge_upsampling(module: nn.Module) -> Any:
     """A copy that shares the module's tensors, its upsamplings by two merged with the float 3×3
     convolutions behind them; quantized ones, and any of another form, stay as they are."""
     twin = sharing_copy(module)
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            conv = getattr(child, "conv", None)
-            if type(child).__name__ == "Upsample2D" and _plain(child) and _fits(conv):
-                setattr(parent, name, _Upsampler(conv))
+    replace_upsamplers(twin, PhaseConv)
     return twin
+
+
+def replace_upsamplers(module: nn.Module, make: Callable[[Any], nn.Module]) -> int:
+    """Put ``make(conv)`` in the place of each of diffusers' Upsample2D that is nearest-neighbour by two and a
+    float 3×3 convolution and nothing else; how many there were."""
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__ == "Upsample2D" and _plain(child) and is_plain_3x3(child.conv)
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, make(child.conv))
+    return len(found)
+
+
+def is_plain_3x3(layer: Any) -> bool:
+    """Whether it is a float 3×3 convolution of stride 1 that keeps the picture's size with zeros."""
+    return type(layer) is nn.Conv2d and (
+        (layer.kernel_size, layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode)
+        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    )
 
 
 def _plain(upsampler: Any) -> bool:
@@ -74,11 +92,4 @@ def _plain(upsampler: Any) -> bool:
         and not upsampler.use_conv_transpose
         and getattr(upsampler, "interpolate", True)
         and getattr(upsampler, "norm", None) is None
-    )
-
-
-def _fits(conv: Any) -> bool:
-    return type(conv) is nn.Conv2d and (
-        (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
-        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
     )

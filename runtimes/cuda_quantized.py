@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from edgeflow import gpu_device
-from edgeflow.components import sharing_copy
 from edgeflow.errors import RuntimeFailure
+from edgeflow.sharing import sharing_copy
 
 
 def float_layers(module: nn.Module, *, everything: bool = False) -> tuple[nn.Module, dict[str, int]]:

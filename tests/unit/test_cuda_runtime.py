@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,6 +232,20 @@ def test_every_difference_is_named_and_what_is_unknown_is_one() -> None:
     with pytest.raises(RuntimeFailure, match=r"torch 2.13.0 \(here 2.9.0\), cuda unknown \(here 13.0\)"):
         made = {k: v for k, v in MADE.items() if k != "cuda"}
         aot_package.check_made_for(made, {**MADE, "torch": "2.9.0"}, "x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
+def test_code_is_loaded_where_it_finds_the_processs_libstdcpp_first() -> None:
+    """Its symbols are in the global scope by then, where PyTorch alone leaves them out of it."""
+    lines = [
+        "import ctypes, torch",
+        "from edgeflow import aot_package",
+        "try: aot_package.load_code('absent.pt2')",
+        "except RuntimeError: pass",
+        "ctypes.CDLL(None)['_ZNSt7collateIcE2idE']",  # raises AttributeError for a symbol that is not there
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_come_back_in_the_layout_of_the_code(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,22 @@ def test_minutes_begin_after_the_steps_that_compile(monkeypatch: pytest.MonkeyPa
     assert [compiled.seconds(done) for done in range(10, 16)] == [0, 0, 0, 0, 60, 120]
     eager = loop._Clock(alone, 10, LoopConfig(100, 8, 1e-3))
     assert [eager.seconds(done) for done in range(10, 12)] == [60, 120]
+
+
+class SlowToBegin(Regression):
+    """A first step of half a second, as one that compiles."""
+
+    def loss(self) -> dict[str, torch.Tensor]:
+        if self.calls == 0:
+            time.sleep(0.5)
+        return super().loss()
+
+
+@pytest.mark.parametrize(("compiles", "counted"), [(True, False), (False, True)])
+def test_logged_seconds_leave_out_the_steps_that_compile(
+    tmp_path: Path, compiles: bool, counted: bool
+) -> None:
+    config = dataclasses.replace(CONFIG, compile=compiles, log_every=12)
+    train(SlowToBegin(), config, tmp_path, torch.device("cpu"), False)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert (json.loads(line)["seconds"] >= 0.5) is counted
