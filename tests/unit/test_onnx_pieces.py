@@ -28,7 +28,7 @@ from edgeflow.spec import COMPONENTS  # noqa: E402
 
 FORMS = ("fp32", "fp16", "integers")
 #: Bytes of float32 weights a piece: a few weights, or all.
-SMALL, ALL = 1 << 17, 1 << 30
+SMALL, ALL = 1 << 18, 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +103,13 @@ def test_values_are_the_whole_graphs_bit_for_bit(form: str, graph: str, bundles:
     path = inside(bundle.root, spec.file)
     feeds = onnx_runtime.checks.feed(spec, inputs_of(bundle, graph))
     counts = []
-    for largest in (SMALL, ALL):
+    for largest in (float32_bytes(read_graph(path)) // 6, ALL):
         cuts = Pieces(path, read_graph(path), plain, largest)
         (found,) = cuts.run(feeds).values()
         (whole,) = plain(rounded_where_cut(path, cuts)).run(None, feeds)
         np.testing.assert_array_equal(found, whole)
         counts.append(len(cuts.pieces))
-    assert counts[0] > counts[1] == 1
+    assert counts[0] > 2 and counts[1] == 1
 
 
 def test_the_integers_are_of_both_schemes(bundles: dict[str, Bundle]) -> None:
@@ -179,7 +179,8 @@ def test_less_crosses_than_where_pieces_are_just_full(bundles: dict[str, Bundle]
     made = [{name for step in steps[: piece.end] for name in step.makes} for piece in whole.pieces]
     taken = [{name for step in steps[piece.end :] for name in step.takes} for piece in whole.pieces]
     chosen = sum(graph.value_bytes[n] for m, t in zip(made, taken, strict=True) for n in m & t)
-    assert chosen < naive and len(whole.pieces) <= 2 * (len(ends) + 1)
+    cuts = len(whole.pieces) - 1
+    assert cuts > 1 and chosen / cuts < naive / len(ends)
 
 
 def test_sizes_are_the_files_own(bundles: dict[str, Bundle]) -> None:
@@ -208,7 +209,7 @@ def test_weights_beside_the_graph_are_found(bundles: dict[str, Bundle], tmp_path
     spec = bundle.graph("unet")
     model = onnx.load(inside(bundle.root, spec.file))
     (tmp_path / "unet").mkdir()
-    apart = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 64}
+    apart = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 1024}
     onnx.save_model(model, tmp_path / spec.file, all_tensors_to_one_file=True, **apart)
     moved = Bundle(tmp_path, bundle.manifest)
     inputs = inputs_of(bundle, "unet")
@@ -244,7 +245,8 @@ def _model(*nodes: Any, sparse: bool = False) -> bytes:
     if sparse:
         values, places = (helper.make_tensor(n, t, [1], [1]) for n, t in (("w", 1), ("i", TensorProto.INT64)))
         graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [4]))
-    return bytes(helper.make_model(graph).SerializeToString())
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return bytes(made.SerializeToString())
 
 
 SPOILT: dict[str, tuple[Callable[[bytes], bytes], str]] = {
