@@ -254,7 +254,7 @@ def _judge_in_turn(
     samples: Sequence[Sample],
 ) -> list[Measurement]:
     """One graph in memory at a time, each loaded once. Raises RuntimeFailure where one does not load."""
-    held = parity_isolated.InTurn(bundle, runtime)
+    held: Any = parity_isolated.InTurn(bundle, runtime)
     drawn, known = _Drawn(held, bundle), {}
     for row in sorted(rows, key=lambda row: (*COMPONENTS, PIPELINE).index(row.component)):
         with held.turn(row.component):
