@@ -1,6 +1,6 @@
 """A graph run a piece at a time: where it is cut, and how values are handed from piece to piece.
 
-A backend that makes float32 of every weight holds two to eight times what its file holds, all at once. In
+A backend that makes float32 of every weight holds up to eight times what its file holds, all at once. In
 pieces of at most ``LARGEST`` bytes of float32 weights, each made ready, run and freed before the next, it
 holds those of one piece. A cut lies where the least data crosses.
 """
