@@ -140,6 +140,11 @@ class Bundle:
             f"graph {name!r} is not in the bundle; known: {[g.name for g in self.manifest.graphs]}"
         )
 
+    def only(self, name: str) -> Bundle:
+        """The same with one graph, as a runtime is to load it. Raises ValueError as ``graph`` does."""
+        manifest = dataclasses.replace(self.manifest, graphs=(self.graph(name),))
+        return dataclasses.replace(self, manifest=manifest)
+
     def reference(self) -> dict[str, NDArray[Any]]:
         """The seeded inputs and fp32 outputs the bundle carries, by ``prompt{i}/{graph}/{tensor}``."""
         import numpy as np

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -237,19 +236,31 @@ def _bundle_rows(
 
     rows = [blank(LOWERING, graph, "sqnr_db") for graph in graphs_of(bundle)]
     picture = blank(END_TO_END, PIPELINE, "psnr_db")
-    with ExitStack() as stack:
-        try:
-            if isolate:
-                child = stack.enter_context(worker.worker(f"runtime {rows[0].runtime}"))
-                child.call("edgeflow.generate:load_runtime", bundle, runtime, hold=True)
-                held: Any = worker.Held(child)
-                drawn = _Drawn(held, bundle)
-            else:
-                drawn = _Drawn(load_runtime(bundle, runtime), bundle)
-        except RuntimeFailure as error:
-            unmeasured = replace(picture, status=UNMEASURED, reason="the runtime did not load")
-            return [replace(rows[0], component="all", reason=str(error)), unmeasured]
-        return [drawn.judge(row, reference.samples) for row in (*rows, picture)]
+    try:
+        if isolate:
+            return _judge_in_turn(bundle, runtime, rows, picture, reference.samples)
+        drawn = _Drawn(load_runtime(bundle, runtime), bundle)
+    except RuntimeFailure as error:
+        unmeasured = replace(picture, status=UNMEASURED, reason="the runtime did not load")
+        return [replace(rows[0], component="all", reason=str(error)), unmeasured]
+    return [drawn.judge(row, reference.samples) for row in (*rows, picture)]
+
+
+def _judge_in_turn(
+    bundle: Bundle,
+    runtime: str | None,
+    rows: Sequence[Measurement],
+    picture: Measurement,
+    samples: Sequence[Sample],
+) -> list[Measurement]:
+    """One graph in memory at a time, each loaded once. Raises RuntimeFailure where one does not load."""
+    held: Any = parity_isolated.InTurn(bundle, runtime)
+    drawn, known = _Drawn(held, bundle), {}
+    for row in sorted(rows, key=lambda row: (*COMPONENTS, PIPELINE).index(row.component)):
+        with held.turn(row.component):
+            known[row.component] = drawn.judge(row, samples)
+            drawn.judge(picture, samples)  # as far as the graphs that have had their turn
+    return [*(known[row.component] for row in rows), drawn.judge(picture, samples)]
 
 
 class _Drawn:

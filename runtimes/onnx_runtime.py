@@ -20,7 +20,9 @@ from edgeflow.errors import DeviceMissing, RuntimeFailure
 from edgeflow.fusions import Operations, composite, kinds_of
 from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
-from edgeflow.runtimes.onnx_nodes import node_types
+from edgeflow.runtimes.onnx_file import node_types, read_graph
+from edgeflow.runtimes.onnx_pieces import Pieces, float32_bytes
+from edgeflow.runtimes.pieces import LARGEST
 from edgeflow.spec import GraphSpec
 
 if TYPE_CHECKING:
@@ -86,13 +88,20 @@ class OnnxRuntime:
         return runtime
 
     @classmethod
-    def load_one(cls, bundle: Bundle, graph: str) -> OnnxRuntime:
-        """Open one graph, on the CPU, for the least memory; raises what ``load`` raises.
+    def load_one(cls, bundle: Bundle, graph: str) -> OnnxRuntime | OnnxPieces:
+        """One graph, on the CPU, for the least memory: a large one in pieces whenever it runs.
 
-        Weights in a file beside the graph stay mapped from it, and none is laid out anew or cast beforehand.
+        Raises RuntimeFailure as ``load`` does; for a piece that ONNX Runtime refuses, when it runs.
         """
         checks.expect_bundle("onnx", bundle)
         spec = bundle.graph(graph)
+        path = inside(bundle.root, spec.file)
+        try:
+            is_large = float32_bytes(read_graph(path)) > LARGEST
+        except ValueError as error:
+            raise _unreadable(path, error) from error
+        if is_large:
+            return OnnxPieces(bundle, spec)
         return cls({graph: spec}, {graph: _session(bundle, spec, [CPU], capture=False, frugal=True)})
 
     @classmethod
@@ -130,9 +139,7 @@ class OnnxRuntime:
             bound = self._bound.get(graph)
             arrays = self._sessions[graph].run(keys, feeds) if bound is None else bound.run(feeds)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            raise RuntimeFailure(
-                f"runtime onnx: graph {graph}: run failed: {checks.one_line(error)}"
-            ) from error
+            raise _failed(graph, error) from error
         return checks.collect(self.name, spec, dict(zip(keys, arrays, strict=True)))
 
 
@@ -152,6 +159,36 @@ class OnnxCuda(OnnxRuntime):
                 f"{', '.join(ort.get_available_providers())}; install it with: pip install 'edgeflow[cuda]'"
             )
         return super().load(bundle, (CUDA,), capture=capture)
+
+
+class OnnxPieces:
+    """One graph in pieces (edgeflow.runtimes.onnx_pieces); no weights are held between two runs."""
+
+    name: ClassVar[str] = OnnxRuntime.name
+
+    def __init__(self, bundle: Bundle, graph: GraphSpec, largest: int = LARGEST):
+        """Raises RuntimeFailure for a file that is not ONNX's, or whose graph cannot be cut."""
+        self._graph, path = graph, inside(bundle.root, graph.file)
+        options = _options(bundle, path, [CPU], frugal=True)
+        # A model that comes as bytes has no folder beside which its weights would be looked for.
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(path.parent.resolve()))
+        try:
+            stored = read_graph(path)
+            self.pieces = Pieces(path, stored, lambda model: _open(model, options), largest)
+        except ValueError as error:
+            raise _unreadable(path, error) from error
+        checks.expect_keys(self.name, graph, stored.inputs, stored.outputs)
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Named arrays to named arrays; see ``edgeflow.spec.GraphSpec`` for the names and shapes."""
+        spec = checks.pick_graph({self._graph.name: self._graph}, graph)
+        feeds = checks.feed(spec, inputs)
+        try:
+            results = self.pieces.run(feeds)
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise _failed(graph, error) from error
+        return checks.collect(self.name, spec, results)
 
 
 class _Bound:
@@ -213,24 +250,8 @@ def _session(
 ) -> ort.InferenceSession:
     """``written``: where to write the optimized graph, its weights beside it. ``adjust`` has the last word on
     the options, for measuring others (edgeflow.training.session_options)."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = checks.num_threads()
-    options.inter_op_num_threads = 1  # the graphs are chains; running branches side by side gains nothing
-    options.log_severity_level = _ERRORS_ONLY
-    # By default a quantized weight's product rounds its activations to int8 as well; 1 keeps them float32.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     path = inside(bundle.root, graph.file)
-    folded = bundle.manifest.recipe is not None and tuple(providers) == (CPU,) and not frugal
-    if rounds_activations(bundle.manifest.recipe) or (folded and _is_small(path)):
-        # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
-        # And so DequantizeLinear of a constant is folded into the float weight as the session opens.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    disabled = []
-    if frugal:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
-        disabled = ["ConstantFolding"]  # it would turn every float16 or integer weight into float32 at once
+    options = _options(bundle, path, providers, frugal=frugal)
     if written is not None:
         options.optimized_model_filepath = str(written)
         entry = "session.optimized_model_external_initializers_"
@@ -239,17 +260,49 @@ def _session(
     if adjust is not None:
         adjust(options)
     try:
-        session = ort.InferenceSession(
-            str(path),
-            options,
-            providers=[(p, provider_options(p, capture)) for p in providers],
-            disabled_optimizers=disabled,
-        )
+        session = _open(str(path), options, providers, capture=capture)
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
-        raise RuntimeFailure(
-            f"runtime onnx: {path}: could not be loaded: {checks.one_line(error)}"
-        ) from error
-    session.disable_fallback()  # a failing run is an error, not a silent retry on another provider
+        raise _unreadable(path, error) from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     checks.expect_keys(OnnxRuntime.name, graph, (t.name for t in inputs), (t.name for t in outputs))
     return session
+
+
+def _options(bundle: Bundle, path: Path, providers: Sequence[str], *, frugal: bool) -> ort.SessionOptions:
+    """What a session over the graph at ``path`` is told; ``frugal`` is for the least memory."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = checks.num_threads()
+    options.inter_op_num_threads = 1  # the graphs are chains; running branches side by side gains nothing
+    options.log_severity_level = _ERRORS_ONLY
+    # By default a quantized weight's product rounds its activations to int8 as well; 1 keeps them float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    folded = bundle.manifest.recipe is not None and tuple(providers) == (CPU,) and not frugal
+    if rounds_activations(bundle.manifest.recipe) or (folded and _is_small(path)):
+        # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.
+        # And so DequantizeLinear of a constant is folded into the float weight as the session opens.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.enable_cpu_mem_arena = not frugal  # an arena keeps all that a session has ever computed with
+    return options
+
+
+def _open(
+    model: str | bytes,
+    options: ort.SessionOptions,
+    providers: Sequence[str] = (CPU,),
+    *,
+    capture: bool = False,
+) -> ort.InferenceSession:
+    """``model``: a path, or a model's bytes. Raises what ONNX Runtime raises."""
+    chosen = [(p, provider_options(p, capture)) for p in providers]
+    session = ort.InferenceSession(model, options, providers=chosen)
+    session.disable_fallback()  # a failing run is an error, not a silent retry on another provider
+    return session
+
+
+def _unreadable(path: Path, error: Exception) -> RuntimeFailure:
+    return RuntimeFailure(f"runtime onnx: {path}: could not be loaded: {checks.one_line(error)}")
+
+
+def _failed(graph: str, error: Exception) -> RuntimeFailure:
+    return RuntimeFailure(f"runtime onnx: graph {graph}: run failed: {checks.one_line(error)}")

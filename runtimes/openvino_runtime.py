@@ -15,13 +15,14 @@ from edgeflow.errors import RuntimeFailure
 from edgeflow.fusions import KINDS, Operations
 from edgeflow.quantization.recipe import rounds_activations
 from edgeflow.runtimes import checks
+from edgeflow.runtimes.pieces import LARGEST
 from edgeflow.spec import GraphSpec
 from edgeflow.telemetry import no_telemetry
 
 with no_telemetry():
     import openvino as ov
 
-    from edgeflow.runtimes.openvino_pieces import LARGEST, Pieces
+    from edgeflow.runtimes.openvino_pieces import Pieces
 
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle

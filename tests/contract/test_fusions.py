@@ -67,7 +67,7 @@ def test_onnx_group_norms_are_one_kernel_that_sums_in_float32(
 def test_an_onnx_files_nodes_are_read_without_onnx(bundles: Callable[[str], Path], tmp_path: Path) -> None:
     import onnx
 
-    from edgeflow.runtimes.onnx_nodes import node_types
+    from edgeflow.runtimes.onnx_file import node_types
 
     path = bundles("onnx") / "onnx-pipeline-fp32" / "pipeline" / "model.onnx"
     assert list(node_types(path)) == [(n.domain, n.op_type) for n in onnx.load(path).graph.node]

@@ -289,7 +289,7 @@ def test_a_small_graph_opens_with_float_weights_and_a_large_one_keeps_integers(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgeflow.runtimes import onnx_runtime
-    from edgeflow.runtimes.onnx_nodes import node_types
+    from edgeflow.runtimes.onnx_file import node_types
 
     bundle = exported("onnx")[0]
     (graph,) = bundle.manifest.graphs

@@ -6,10 +6,11 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -366,6 +367,67 @@ def test_a_runtime_that_does_not_load_is_one_failure_and_the_other_bundle_is_mea
     assert report.failures == ("one: lowering: all: runtime fake: unet.bin: the op 'gelu' is not known",)
     assert [m.status for m in report.measurements if m.bundle == "one"] == [FAIL, UNMEASURED]
     assert [m.status for m in report.measurements if m.bundle == "two"] == [PASS] * 4
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[str]], list[str]]:
+    """The graphs that each process was to load, and those that ran; processes are played, one at a time."""
+    loaded: list[list[str]] = []
+    runs: list[str] = []
+    alive: list[str] = []
+
+    class Child:
+        def call(self, target: str, *args: Any, hold: bool = False) -> Any:
+            if hold:
+                loaded.append([graph.name for graph in args[0].manifest.graphs])
+                return None
+            assert target == ".run" and [args[0]] == loaded[-1]
+            runs.append(args[0])
+            return registry.runtime("fake").load(None).run(*args)  # type: ignore[arg-type]
+
+    @contextmanager
+    def played(what: str) -> Iterator[Child]:
+        assert not alive
+        alive.append(what)
+        yield Child()
+        alive.pop()
+
+    monkeypatch.setattr(
+        parity.parity_isolated, "worker", SimpleNamespace(worker=played, Held=parity.worker.Held)
+    )
+    return loaded, runs
+
+
+def test_one_graph_in_turn_gives_what_all_at_once_give(
+    tmp_path: Path, install: Install, in_turn: tuple[list[list[str]], list[str]]
+) -> None:
+    """Each graph is loaded once for all prompts, and not run again on what it has been given before."""
+    install(scaled("unet", 70))
+    path = make_bundle(tmp_path / "b", layout="components")
+    whole, turns = (parity.measure([path], isolate=isolate) for isolate in (False, True))
+    assert turns.measurements == whole.measurements
+    loaded, runs = in_turn
+    assert loaded == [[graph] for graph in COMPONENTS]
+    # The text encoder is exact, so the picture's own chain parts from the reference's behind the UNet.
+    n = len(PROMPTS)
+    assert runs == ["text_encoder"] * n + ["unet"] * n + ["decoder"] * 2 * n
+
+
+def test_in_turn_a_failing_graph_is_named_and_the_rest_is_measured(
+    tmp_path: Path, install: Install, in_turn: tuple[list[list[str]], list[str]]
+) -> None:
+    def spoil(graph: str, output: Array, inputs: Mapping[str, Array]) -> Array:
+        if graph == "unet":
+            raise RuntimeFailure("runtime fake: the op 'gelu' is not known")
+        return output
+
+    install(spoil)
+    report = parity.measure([make_bundle(tmp_path / "b", layout="components")], isolate=True)
+    assert statuses(report)["lowering", "decoder"] == PASS
+    assert sorted(report.failures) == [
+        "b: end to end: pipeline: runtime fake: the op 'gelu' is not known",
+        "b: lowering: unet: runtime fake: the op 'gelu' is not known",
+    ]
 
 
 def test_all_failures_of_all_bundles_are_named_at_once(tmp_path: Path, install: Install) -> None:
