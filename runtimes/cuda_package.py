@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,8 @@ from edgeflow.spec import GraphSpec
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle
 
+_LOG = logging.getLogger(__name__)
+
 
 def load_package(bundle: Bundle, graph: GraphSpec, device: str = "cuda") -> Callable[..., Tensor]:
     """The graph as a function of tensors on ``device``, in the order of its inputs.
@@ -30,13 +35,24 @@ def load_package(bundle: Bundle, graph: GraphSpec, device: str = "cuda") -> Call
         here = gpu_device.require_chip().versions()
     aot_package.check_made_for(bundle.manifest.versions, here, bundle.root)
     code = inside(bundle.root, graph.file)
-    weights = aot_package.read_weights(code.with_name(aot_package.WEIGHTS), device)
-    package = _Package(code, weights)
+    with _timed(graph, "weights read"):
+        weights = aot_package.read_weights(code.with_name(aot_package.WEIGHTS), device)
+    with _timed(graph, "code loaded"):
+        package = _Package(code, weights)
     package.check_signature(graph)
     if device == "cpu":
         return package
     # A package is for a quick first picture: cuDNN does not search for faster convolutions before it.
-    return Captured(package, [_example(t, device) for t in graph.inputs], search=False)
+    with _timed(graph, "captured"):
+        return Captured(package, [_example(t, device) for t in graph.inputs], search=False)
+
+
+@contextmanager
+def _timed(graph: GraphSpec, what: str) -> Iterator[None]:
+    """Say with ``-v`` what a first picture waits for."""
+    began = time.monotonic()
+    yield
+    _LOG.debug("runtime cuda: graph %s: %s in %.2f s", graph.name, what, time.monotonic() - began)
 
 
 def _example(tensor: Any, device: str) -> Tensor:

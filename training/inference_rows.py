@@ -334,7 +334,8 @@ def _write_bundle(folder: Path, graph: Any, exporter: Any, model: Model, precisi
 
 
 def _first_pictures(folder: Path, model: Model, launches: int = 3) -> dict[str, Any]:
-    """Seconds from a process's start to its first picture on disk, of each launch and their median."""
+    """Seconds from a process's start to its first picture on disk, of each launch and their median; and what
+    the last one said of its parts."""
     if model.device != "cuda":
         from edgeflow.bundle import Bundle
         from edgeflow.runtimes.cuda_reference import CudaReference
@@ -350,7 +351,7 @@ def _first_pictures(folder: Path, model: Model, launches: int = 3) -> dict[str, 
         out = folder.parent / f"{folder.name}-{i}.png"
         start = time.monotonic()
         done = subprocess.run(
-            [*command, "--json", "-o", str(out)],
+            [*command, "-v", "--json", "-o", str(out)],
             capture_output=True,
             text=True,
             env=dict(os.environ),
@@ -361,4 +362,5 @@ def _first_pictures(folder: Path, model: Model, launches: int = 3) -> dict[str, 
         latency.append(json.loads(done.stdout)["pictures"][0]["latency_ms"])
         out.unlink()
     median = statistics.median(seconds)
-    return {"first_picture_s": median, "launches_s": seconds, "latency_ms": latency}
+    said = [line for line in done.stderr.splitlines() if line.startswith("debug: ")]
+    return {"first_picture_s": median, "launches_s": seconds, "latency_ms": latency, "said": said}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -297,12 +298,18 @@ def packaged(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.slow  # AOTInductor compiles C++ for over a minute
 def test_a_package_draws_pytorchs_picture_and_checks_itself(
-    packaged: Path, checkpoint: Checkpoint, reference: Any, tmp_path: Path
+    packaged: Path, checkpoint: Checkpoint, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(packaged)
+    said: list[str] = []
+    log = SimpleNamespace(debug=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("edgeflow.runtimes.cuda_package._LOG", log)
     assert bundle.manifest.versions["device"] == "cpu"
     assert bundle.manifest.versions["torch"] == gpu_device.torch_release()
     runtime = CudaReference.packaged(bundle, {}, "cpu")
+    parts = [re.sub(r"\d+\.\d\d s", "T s", line) for line in said]
+    where = "runtime cuda: graph pipeline"
+    assert parts == [f"{where}: weights read in T s", f"{where}: code loaded in T s"]
     for prompt in (0, 1):
         expected, got = drawn(reference, checkpoint, prompt), drawn(runtime, checkpoint, prompt)
         assert psnr_db(expected, got, 255.0) >= 55
