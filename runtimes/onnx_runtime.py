@@ -277,6 +277,9 @@ def _options(bundle: Bundle, path: Path, providers: Sequence[str], *, frugal: bo
     options.log_severity_level = _ERRORS_ONLY
     # By default a quantized weight's product rounds its activations to int8 as well; 1 keeps them float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if len(bundle.manifest.graphs) > 1:
+        # A session's threads look for more work on the cores that the next graph's session now needs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     folded = bundle.manifest.recipe is not None and tuple(providers) == (CPU,) and not frugal
     if rounds_activations(bundle.manifest.recipe) or (folded and _is_small(path)):
         # Integer kernels add products in 16 bits on CPUs without VNNI, which overflow; in float nothing does.

@@ -49,7 +49,7 @@ ONNX: Mapping[str, Callable[[Any], None] | None] = {
     "no blocked layout (extended)": _extended,
     "no prepacking": _entry("session.disable_prepacking", "1"),
     "denormals as zero": _entry("session.set_denormal_as_zero", "1"),
-    "quantized weights made float when opening": _entry("session.disable_quant_qdq", "1"),
+    "quantized weights kept as integers": _entry("session.disable_quant_qdq", "0"),
     "gelu by tanh": _entry("optimization.enable_gelu_approximation", "1"),
 }
 OPENVINO: Mapping[str, Mapping[str, Any]] = {

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import main
 from edgeflow.errors import UsageError
@@ -55,6 +56,25 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     asked = {"layouts": ["components"], "precisions": ["fp16"], "num_prompts": 1}
     export_model(Checkpoint.open(tiny_checkpoint), backends=["onnx", "openvino"], out=out, **asked)
     return out
+
+
+@pytest.mark.parametrize("graphs, expected", [(COMPONENTS, "1"), (COMPONENTS[:1], None)])
+def test_a_session_beside_others_leaves_them_the_cores(
+    graphs: tuple[str, ...], expected: str | None, exported: Path
+) -> None:
+    from edgeflow.runtimes import onnx_runtime
+
+    bundle = Bundle.open(exported / "onnx-components-fp16")
+    if len(graphs) == 1:
+        bundle = bundle.only(graphs[0])
+    path = bundle.root / bundle.graph(graphs[0]).file
+    options = onnx_runtime._options(bundle, path, [onnx_runtime.CPU], frugal=False)
+    key = "session.force_spinning_stop"
+    if expected is None:
+        with pytest.raises(RuntimeError, match=key):
+            options.get_session_config_entry(key)
+    else:
+        assert options.get_session_config_entry(key) == expected
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnx", "openvino"])
