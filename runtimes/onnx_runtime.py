@@ -23,7 +23,7 @@ from edgeflow.runtimes import checks
 from edgeflow.runtimes.onnx_file import node_types, read_graph
 from edgeflow.runtimes.onnx_pieces import Pieces, float32_bytes
 from edgeflow.runtimes.pieces import LARGEST
-from edgeflow.spec import GraphSpec
+from edgeflow.spec import PIPELINE, GraphSpec
 
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle
@@ -277,7 +277,7 @@ def _options(bundle: Bundle, path: Path, providers: Sequence[str], *, frugal: bo
     options.log_severity_level = _ERRORS_ONLY
     # By default a quantized weight's product rounds its activations to int8 as well; 1 keeps them float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if len(bundle.manifest.graphs) > 1:
+    if bundle.manifest.layout != PIPELINE:
         # A session's threads look for more work on the cores that the next graph's session now needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     folded = bundle.manifest.recipe is not None and tuple(providers) == (CPU,) and not frugal

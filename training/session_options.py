@@ -44,6 +44,7 @@ ONNX: Mapping[str, Callable[[Any], None] | None] = {
     AS_SET: None,
     "no spinning": _entry("session.intra_op.allow_spinning", "0"),
     "spinning ends with the run": _entry("session.force_spinning_stop", "1"),
+    "threads spin on after the run": _entry("session.force_spinning_stop", "0"),
     "no memory arena": _attribute("enable_cpu_mem_arena", False),
     "no memory pattern": _attribute("enable_mem_pattern", False),
     "no blocked layout (extended)": _extended,

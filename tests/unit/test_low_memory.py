@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from edgeflow.cli import main
 from edgeflow.errors import UsageError
 from edgeflow.generate import Generator
 from edgeflow.low_memory import OneAtATime
-from edgeflow.spec import COMPONENTS
+from edgeflow.spec import COMPONENTS, PIPELINE
 
 
 class Counting:
@@ -58,23 +59,19 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-@pytest.mark.parametrize("graphs, expected", [(COMPONENTS, "1"), (COMPONENTS[:1], None)])
-def test_a_session_beside_others_leaves_them_the_cores(
-    graphs: tuple[str, ...], expected: str | None, exported: Path
-) -> None:
+def test_a_session_beside_others_leaves_them_the_cores(exported: Path) -> None:
+    """Opened with the others or in turn, as parity opens it; a fused graph is alone."""
     from edgeflow.runtimes import onnx_runtime
 
     bundle = Bundle.open(exported / "onnx-components-fp16")
-    if len(graphs) == 1:
-        bundle = bundle.only(graphs[0])
-    path = bundle.root / bundle.graph(graphs[0]).file
-    options = onnx_runtime._options(bundle, path, [onnx_runtime.CPU], frugal=False)
-    key = "session.force_spinning_stop"
-    if expected is None:
-        with pytest.raises(RuntimeError, match=key):
-            options.get_session_config_entry(key)
-    else:
-        assert options.get_session_config_entry(key) == expected
+    key, path = "session.force_spinning_stop", bundle.root / bundle.graph("unet").file
+    for beside in (bundle, bundle.only("unet")):
+        options = onnx_runtime._options(beside, path, [onnx_runtime.CPU], frugal=False)
+        assert options.get_session_config_entry(key) == "1"
+    fused = replace(bundle, manifest=replace(bundle.manifest, layout=PIPELINE))
+    options = onnx_runtime._options(fused, path, [onnx_runtime.CPU], frugal=False)
+    with pytest.raises(RuntimeError, match=key):
+        options.get_session_config_entry(key)
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnx", "openvino"])
