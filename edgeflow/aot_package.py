@@ -25,6 +25,7 @@ CODE, WEIGHTS = "model.pt2", "weights.safetensors"
 #: What the code depends on, as the manifest's ``versions`` call it.
 MADE_FOR = ("device", "compute capability", "torch", "cuda")
 _CHANNELS_LAST = "channels_last"
+_MODEL = "model"  # what torch calls the one model of a package
 
 
 def constants_of(code: str) -> list[str]:
@@ -33,7 +34,12 @@ def constants_of(code: str) -> list[str]:
 
 
 def load_code(code: str) -> Any:
-    """A package's code, without its constants; for one thread, as a capture needs.
+    """A package's code, without its constants; for one thread, as a capture needs. Raises RuntimeError.
+
+    The loader that ``torch._inductor.aoti_load_package`` wraps. That function first compares the machine with
+    the one that compiled, for a warning: also for code that runs on a GPU it imports the compiler (5 s) and tries
+    the processor's vector units in ten child processes that import torch (44 to 54 s of a first picture,
+    docs/cuda.md). ``check_made_for`` makes that comparison here, from the manifest.
 
     Some compilers (Red Hat's toolsets) link the newer half of libstdc++ into the code. Its locale facets are
     numbered otherwise than those of the libstdc++ that the process has, and the std::regex which reads the
@@ -41,7 +47,7 @@ def load_code(code: str) -> Any:
     """
     if sys.platform == "linux":
         ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
-    return torch._inductor.aoti_load_package(code, run_single_threaded=True)
+    return torch._C._aoti.AOTIModelPackageLoader(code, _MODEL, True, 1, -1)
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -78,7 +78,8 @@ class _Package:
                 f"runtime cuda: {code}: expected the {len(wanted)} weights that the code asks for, got "
                 f"{len(weights)}, which differ in {wrong}"
             )
-        self._model.load_constants(weights, check_full_update=True, user_managed=True)
+        # use_inactive (a second set of weights), check_full_update, user_managed
+        self._model.load_constants(weights, False, True, True)
 
     def check_signature(self, graph: GraphSpec) -> None:
         """Raises RuntimeFailure where the code's own record of its tensors is not the manifest's."""
@@ -86,4 +87,4 @@ class _Package:
         checks.expect_keys("cuda", graph, said.get("inputs", "").split(), said.get("outputs", "").split())
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        return self._model(*tensors)
+        return self._model.run(list(tensors))[0]

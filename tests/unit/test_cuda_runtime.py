@@ -237,13 +237,15 @@ def test_every_difference_is_named_and_what_is_unknown_is_one() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
 def test_code_is_loaded_where_it_finds_the_processs_libstdcpp_first() -> None:
-    """Its symbols are in the global scope by then, where PyTorch alone leaves them out of it."""
+    """Its symbols are in the global scope by then, where PyTorch alone leaves them out of it; and nothing that
+    compiles was imported for it."""
     lines = [
-        "import ctypes, torch",
+        "import ctypes, sys, torch",
         "from edgeflow import aot_package",
         "try: aot_package.load_code('absent.pt2')",
         "except RuntimeError: pass",
         "ctypes.CDLL(None)['_ZNSt7collateIcE2idE']",  # raises AttributeError for a symbol that is not there
+        "assert not {'torch._dynamo', 'torch._inductor.codecache'} & set(sys.modules)",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
