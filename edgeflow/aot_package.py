@@ -37,9 +37,9 @@ def load_code(code: str) -> Any:
     """A package's code, without its constants; for one thread, as a capture needs. Raises RuntimeError.
 
     The loader that ``torch._inductor.aoti_load_package`` wraps. That function first compares the machine with
-    the one that compiled, for a warning: also for code that runs on a GPU it imports the compiler (5 s) and tries
-    the processor's vector units in ten child processes that import torch (44 to 54 s of a first picture,
-    docs/cuda.md). ``check_made_for`` makes that comparison here, from the manifest.
+    the one that compiled, for a warning: also for code that runs on a GPU it imports the compiler (5 s) and
+    tries the processor's vector units in ten child processes that import torch (44 to 54 s of a first
+    picture, docs/cuda.md). ``check_made_for`` makes that comparison here, from the manifest.
 
     Some compilers (Red Hat's toolsets) link the newer half of libstdc++ into the code. Its locale facets are
     numbered otherwise than those of the libstdc++ that the process has, and the std::regex which reads the

@@ -237,8 +237,8 @@ def test_every_difference_is_named_and_what_is_unknown_is_one() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is Linux's")
 def test_code_is_loaded_where_it_finds_the_processs_libstdcpp_first() -> None:
-    """Its symbols are in the global scope by then, where PyTorch alone leaves them out of it; and nothing that
-    compiles was imported for it."""
+    """Its symbols are in the global scope by then, where PyTorch alone leaves them out of it; and no compiler
+    was imported for it."""
     lines = [
         "import ctypes, sys, torch",
         "from edgeflow import aot_package",
