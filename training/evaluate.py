@@ -44,8 +44,7 @@ class Request:
     seed: int = 0
     inception: Path | None = None
     clip: Path | None = None
-    device: str = "cpu"
-    judge_device: str = "cpu"  # of the first feature network alone; everything after features is on the CPU
+    device: str = "cpu"  # draws, and runs the first feature network; everything after features is on the CPU
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def measure(request: Request, progress: Progress) -> Measured:
     size = _common_size(request)
     optional: list[FeatureNet] = [Inception(request.inception)] if request.inception else []
     clip = Clip(request.clip) if request.clip else None
-    lite = EfficientNetLite2(torch.device(request.judge_device))
+    lite = EfficientNetLite2(torch.device(request.device))
     real, notes = _load(request, size)
     rounds = request.per_prompt
     captions, own = real.captions * rounds, real.own.repeat(rounds, 1, 1, 1)

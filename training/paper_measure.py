@@ -56,7 +56,6 @@ def measure_table(plan: Plan, sizes: Sizes, progress: Progress) -> tuple[dict[st
         num_prompts=sizes.num_prompts,
         per_prompt=sizes.per_prompt,
         device=str(device),
-        judge_device=str(device),
     )
     measured = measure(request, progress)
     captions, noise, stored = straightness.sample_of(plan.pairs_folder, sizes.num_paths)

@@ -181,7 +181,8 @@ def _prepare(
     ]
     prompts = [chosen.captions[i] for i in index]
     kept = np.setdiff1d(np.arange(len(train)), index) if request.split == "train" else np.arange(len(train))
-    net, done = EfficientNetLite2(), progress("training pictures", len(kept))
+    net = EfficientNetLite2(torch.device(request.device))
+    done = progress("training pictures", len(kept))
     seen = []
     for batch in torch.from_numpy(train.images[kept]).split(64):
         seen.append(net.layers(batch)[1])

@@ -75,7 +75,7 @@ _VERDICT: dict[str, Any] = {"gates": (), "speed": False, "html": None, "sensitiv
     default="cpu",
     show_default=True,
     type=click.Choice(["cpu", "cuda", "auto"]),
-    help="Where to draw; judging is on the CPU.",
+    help="Where to draw, and to run the network that judges (on a GPU in float64).",
 )
 @click.option(
     "--against",
