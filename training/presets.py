@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "distill": DistillConfig(
             _gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.35), perceptual_weight=0.2
         ),
-        # on one H200 3,900 pictures/s; the weight of a chain measured later than the shipped one: docs/one-step.md
+        # on one H200, 3,900 pictures/s; the weight is of a later chain than the shipped: docs/one-step.md
         "adversarial": AdversarialConfig(
             _gpu(20000, 256, 1e-4, decay_fraction=0.3, minutes=4.0), adversarial_weight=0.6, real_fraction=0.5
         ),
