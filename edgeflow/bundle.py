@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 REFERENCE = "reference.npz"
+#: Bytes hashed at a time: a thread that imports meanwhile holds the interpreter for 5 ms after each.
+_READ = 2**24
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,21 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Open and verify. Raises BundleError naming the file that is missing, changed or out of place."""
+    def open(cls, path: str | Path, meanwhile: Callable[[Manifest], object] | None = None) -> Bundle:
+        """Open and verify. Raises BundleError naming the file that is missing, changed or out of place.
+
+        ``meanwhile`` is called with the manifest while another thread reads and hashes the files.
+        """
         root = Path(path)
         manifest_path = root / MANIFEST
         if not manifest_path.is_file():
             raise BundleError(f"bundle: {root}: expected a folder with {MANIFEST}, found none")
         manifest = Manifest.from_json(manifest_path.read_bytes(), manifest_path)
-        for name, entry in manifest.files.items():
-            _verify(root, name, entry)
+        with ThreadPoolExecutor(1) as pool:
+            verified = pool.submit(_verify, root, manifest)
+            if meanwhile is not None:
+                meanwhile(manifest)
+            verified.result()
         for graph in manifest.graphs:
             for file in (graph.file, *graph.chunks):
                 inside(root, file)
@@ -178,15 +188,16 @@ def _stays(root: Path, name: str) -> bool:
         return False
 
 
-def _verify(root: Path, name: str, entry: FileEntry) -> None:
-    path = inside(root, name)
-    if not path.is_file():
-        raise BundleError(f"bundle: {root}: file {name!r} is in the manifest but missing")
-    actual = entry_of(path)
-    if actual != entry:
-        raise BundleError(
-            f"bundle: {root}: file {name!r} was changed: expected {_show(entry)}, got {_show(actual)}"
-        )
+def _verify(root: Path, manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        path = inside(root, name)
+        if not path.is_file():
+            raise BundleError(f"bundle: {root}: file {name!r} is in the manifest but missing")
+        actual = entry_of(path)
+        if actual != entry:
+            raise BundleError(
+                f"bundle: {root}: file {name!r} was changed: expected {_show(entry)}, got {_show(actual)}"
+            )
 
 
 def _show(entry: FileEntry) -> str:
@@ -194,8 +205,12 @@ def _show(entry: FileEntry) -> str:
 
 
 def entry_of(path: Path) -> FileEntry:
-    with path.open("rb") as file:
-        return FileEntry(file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+    digest, size = sha256(), path.stat().st_size
+    buffer = memoryview(bytearray(max(1, min(size, _READ))))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return FileEntry(digest.hexdigest(), size)
 
 
 def write_bundle_files(root: Path, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflow import __version__, registry
-from edgeflow.bundle import MANIFEST, Bundle
+from edgeflow.bundle import MANIFEST, Bundle, Manifest
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import CheckpointError, RuntimeFailure, UsageError
 from edgeflow.noise import gaussian_noise
@@ -48,13 +49,16 @@ class Sampling:
     guidance: float  # 1 or less is none
 
 
-def open_model(source: str | Path) -> Bundle | Checkpoint:
+def open_model(
+    source: str | Path, meanwhile: Callable[[Manifest], object] | None = None
+) -> Bundle | Checkpoint:
     """A folder with a manifest is a bundle; a built-in name, any other folder or a hub id is a checkpoint.
 
-    Raises BundleError, CheckpointError or UnknownNameError.
+    ``meanwhile`` is called while a bundle's files are verified. Raises BundleError, CheckpointError or
+    UnknownNameError.
     """
     if (Path(source) / MANIFEST).is_file():
-        return Bundle.open(source)
+        return Bundle.open(source, meanwhile)
     return Checkpoint.open(source)
 
 
@@ -168,7 +172,11 @@ class Generator:
         A many-step model is drawn in ``steps`` with ``guidance`` (by default the checkpoint's own), and
         refused before anything heavy is loaded where no steps are asked for.
         """
-        model = source if isinstance(source, Bundle | Checkpoint) else open_model(source)
+
+        def preload(manifest: Manifest) -> None:
+            registry.preload(runtime or manifest.backend)
+
+        model = source if isinstance(source, Bundle | Checkpoint) else open_model(source, preload)
         sampling = plan_sampling(model, runtime, steps, guidance)
         if low_memory:
             if sampling is not None:

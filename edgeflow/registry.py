@@ -7,12 +7,13 @@ arrays. Packages outside add theirs through the entry-point groups ``edgeflow.ex
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from edgeflow.errors import BackendMissing, UnknownNameError
+from edgeflow.errors import BackendMissing, EdgeflowError, UnknownNameError
 from edgeflow.spec import GraphSpec
 
 if TYPE_CHECKING:
@@ -93,6 +94,12 @@ def exporter(name: str, **settings: Any) -> Exporter:
 def runtime(name: str) -> type[Runtime]:
     """The runtime class called ``name``. Raises UnknownNameError, or BackendMissing with the pip line."""
     return _resolve("runtime", name, RUNTIMES, REQUIRES.get(name, ("", name))[1])
+
+
+def preload(name: str) -> None:
+    """Import the runtime called ``name``, if it can be: ``runtime`` says later why it could not."""
+    with contextlib.suppress(EdgeflowError):
+        runtime(name)
 
 
 def sampler() -> Any:

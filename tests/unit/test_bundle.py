@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeflow.bundle import MANIFEST, Bundle, FileEntry, Manifest, inside, write_reference
+from edgeflow.bundle import MANIFEST, Bundle, FileEntry, Manifest, entry_of, inside, write_reference
 from edgeflow.errors import BundleError
 
 Make = Callable[..., Path]
@@ -70,6 +71,26 @@ def test_a_cut_or_lost_file_is_named(make_bundle: Make) -> None:
     graph.unlink()
     with pytest.raises(BundleError, match=r"pipeline\.onnx' is in the manifest but missing"):
         Bundle.open(root)
+
+
+def test_what_runs_meanwhile_sees_the_manifest_and_cannot_hide_a_changed_file(make_bundle: Make) -> None:
+    root = make_bundle()
+    seen: list[Manifest] = []
+    assert Bundle.open(root, seen.append).manifest == seen[0]
+    (root / "pipeline.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"pipeline\.onnx' was changed"):
+        Bundle.open(root, seen.append)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24])
+def test_a_file_of_any_size_has_the_hash_of_its_bytes(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeflow.bundle._READ", 8)
+    content = bytes(range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert entry_of(tmp_path / "file") == FileEntry(hashlib.sha256(content).hexdigest(), size)
 
 
 def test_a_graph_nobody_hashed_is_refused(make_bundle: Make) -> None:

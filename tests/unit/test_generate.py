@@ -19,7 +19,14 @@ from edgeflow import __version__, registry
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import main
-from edgeflow.errors import CheckpointError, RuntimeFailure, UnknownNameError, UsageError
+from edgeflow.errors import (
+    BackendMissing,
+    BundleError,
+    CheckpointError,
+    RuntimeFailure,
+    UnknownNameError,
+    UsageError,
+)
 from edgeflow.generate import Generator, load_runtime, open_model, run_pipeline, to_pixels
 from edgeflow.pictures import best_columns, contact_sheet, read_facts, slug
 from edgeflow.staging import staged_output
@@ -160,6 +167,18 @@ def test_a_runtime_that_does_not_fit_lists_what_fits(
         UnknownNameError, match="runtime 'tpu' is not known; known: coreml, cuda, cuda-bf16, onnx"
     ):
         load_runtime(open_model(tiny_checkpoint), "tpu")
+
+
+def test_a_missing_backend_is_said_and_a_changed_file_before_it(
+    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime is imported while the bundle is verified, and may not be there."""
+    monkeypatch.setitem(registry.RUNTIMES, "fake", "absent_backend:Runtime")
+    with pytest.raises(BackendMissing, match="absent_backend is not installed"):
+        Generator.open(fake_bundle, "fake")
+    (fake_bundle / "pipeline.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match="was changed"):
+        Generator.open(fake_bundle, "fake")
 
 
 def test_a_tokenizer_of_another_length_is_refused(fake_bundle: Path) -> None:
