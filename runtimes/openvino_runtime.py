@@ -23,7 +23,7 @@ with no_telemetry():
     import openvino as ov
 
     from edgeflow.runtimes.openvino_pieces import Pieces
-    from edgeflow.runtimes.openvino_winograd import use_winograd
+    from edgeflow.runtimes.openvino_winograd import Room, use_winograd
 
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle
@@ -71,7 +71,7 @@ class OpenVinoRuntime:
         model = core.read_model(str(inside(bundle.root, spec.file)))
         stored = {op.get_friendly_name(): op.get_type_name() for op in model.get_ops()}
         run: Counter[str] = Counter()
-        fused: Counter[str] = Counter({"Winograd": _rewrite(model, bundle)})
+        fused: Counter[str] = Counter({"Winograd": _rewrite(model, bundle, Room())})
         whole: Counter[str] = Counter()  # stored operation → how many of what runs it is part of
         for node in _compile(core, bundle, spec).get_runtime_model().get_ordered_ops():
             facts = node.get_rt_info()
@@ -152,10 +152,11 @@ def _compile(
     (edgeflow.training.session_options measures others)."""
     path = inside(bundle.root, graph.file)
     try:
-        stored = core.read_model(str(path))
+        stored, room = core.read_model(str(path)), Room()
         if not as_stored:
-            _rewrite(stored, bundle)
+            _rewrite(stored, bundle, room)
         model = core.compile_model(stored, "CPU", {**_config(bundle), **(more or {})})
+        room.leave()
     except RuntimeError as error:
         raise _unreadable(path, error) from error
     inputs, outputs = (
@@ -165,9 +166,9 @@ def _compile(
     return model
 
 
-def _rewrite(model: ov.Model, bundle: Bundle) -> int:
+def _rewrite(model: ov.Model, bundle: Bundle, room: Room) -> int:
     """Winograd's convolutions, how many: in fp16 bundles, as an fp32 one is for values near to PyTorch's."""
-    return use_winograd(model) if bundle.manifest.precision == "fp16" else 0
+    return use_winograd(model, room) if bundle.manifest.precision == "fp16" else 0
 
 
 def _unreadable(path: Path, error: RuntimeError) -> RuntimeFailure:

@@ -6,15 +6,17 @@ multiplications in place of 16 r², a quarter for r = 3. Bᵀ d B is a depthwise
 stride 4, which takes the tiles apart at once; the sums over channels are n² convolutions 1×1; Aᵀ…A is
 additions, and depth-to-space puts the tiles together again.
 
-The values are the same up to float32's rounding. The weights take n²/r² times the memory, of which OpenVINO
-holds two copies, and a graph takes longer to compile; so this is for pictures that are large beside them.
+The values are the same up to float32's rounding. The weights take n²/r² times the memory, and a graph takes
+longer to compile; so this is for pictures that are large beside their weights.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from functools import reduce
 from math import prod
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -26,18 +28,44 @@ from numpy.typing import NDArray
 TILE = 4
 #: Where polynomials are evaluated, besides at infinity, by the taps of the convolution along one axis.
 POINTS = {2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}
-#: Pixels of a picture, and channels on either side, from which on one picture gains what compiling takes.
+#: Pixels of a picture, and channels on either side, from which on it is used.
 PIXELS, CHANNELS = 128 * 128, 128
 #: Strides, pads and dilations of a convolution 1×1.
 _POINTWISE = ([1, 1], [0, 0], [0, 0], [1, 1])
 
 
-def use_winograd(model: ov.Model, pixels: int = PIXELS, channels: int = CHANNELS) -> int:
+class Room:
+    """Arrays in a temporary file, whose memory can be given back while they stay readable.
+
+    OpenVINO lays constants out anew for its kernels and keeps what it was given besides, never to look at it
+    again.
+    """
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+
+    def hold(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A copy that lies in the file."""
+        with TemporaryFile() as file:
+            file.truncate(array.nbytes)
+            self._maps.append(mmap.mmap(file.fileno(), array.nbytes))
+        copy = np.frombuffer(self._maps[-1], np.float32).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+    def leave(self) -> None:
+        """Give the memory back, where the system can; what is read again is read from the file."""
+        for each in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                each.madvise(mmap.MADV_DONTNEED)
+
+
+def use_winograd(model: ov.Model, room: Room, pixels: int = PIXELS, channels: int = CHANNELS) -> int:
     """Put Winograd's form in the place of each convolution that it is for, in place; how many there were."""
     found = [node for node in model.get_ordered_ops() if _fits(node, pixels, channels)]
     for node in found:
         facts, weight = node.get_attributes(), _value(node.input_value(1))
-        whole = winograd(node.input_value(0), weight, facts["pads_begin"], facts["pads_end"])
+        whole = winograd(node.input_value(0), weight, facts["pads_begin"], facts["pads_end"], room)
         whole.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(whole.output(0))
     return len(found)
@@ -58,14 +86,16 @@ def matrices(taps: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArr
     )
 
 
-def winograd(picture: Any, weight: NDArray[np.float32], before: Sequence[int], after: Sequence[int]) -> Any:
+def winograd(
+    picture: Any, weight: NDArray[np.float32], before: Sequence[int], after: Sequence[int], room: Room
+) -> Any:
     """The operation that gives what a convolution of ``picture`` with pads ``before`` and ``after`` it would.
 
     ``picture``: an output (N, C, h, w). ``weight``: (O, C, r, r), r 2 or 3. What comes out must be a multiple
-    of 4 along each axis.
+    of 4 along each axis. ``room`` holds the transformed weights.
     """
     _, g, b = matrices(weight.shape[-1])
-    kernels = _transformed(weight, g)
+    kernels = room.hold(_transformed(weight, g))
     points, channels = POINTS[weight.shape[-1]], weight.shape[1]
     factor = {p**k: _constant(np.array([p**k])) for p in points for k in range(TILE)}
     taps = [[_taps(row, axis, channels) for row in b] for axis in (0, 1)]
@@ -75,7 +105,7 @@ def winograd(picture: Any, weight: NDArray[np.float32], before: Sequence[int], a
         products = [
             ops.convolution(
                 _depthwise(taken, across, 1, (before[1], after[1])),
-                _constant(kernel[:, :, None, None]),
+                ov.op.Constant(kernel[:, :, None, None], shared_memory=True),
                 *_POINTWISE,
             )
             for kernel, across in zip(row, taps[1], strict=True)

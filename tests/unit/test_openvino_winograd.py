@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from edgeflow.bundle import Bundle  # noqa: E402
 from edgeflow.checkpoint import Checkpoint  # noqa: E402
 from edgeflow.export import export_model  # noqa: E402
 from edgeflow.runtimes import openvino_runtime  # noqa: E402
-from edgeflow.runtimes.openvino_winograd import TILE, matrices, use_winograd  # noqa: E402
+from edgeflow.runtimes.openvino_winograd import TILE, Room, matrices, use_winograd  # noqa: E402
 
 SIZE, TAKEN, MADE = (12, 20), 6, 10
 #: Taps, and pads before and after along each axis, as a decoder has them and as merged upsampling has.
@@ -64,7 +65,7 @@ def test_it_draws_what_the_convolution_draws(
     taps: int, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     model, x, weight = stored(taps, before, after)
-    assert use_winograd(model, pixels=1, channels=1) == 1
+    assert use_winograd(model, Room(), pixels=1, channels=1) == 1
     assert types(model).count("Convolution") == (TILE + taps - 1) ** 2
     padded = torch.nn.functional.pad(x.double(), (before[1], after[1], before[0], after[0]))
     expected = torch.relu(torch.nn.functional.conv2d(padded, weight.double())).numpy()
@@ -87,8 +88,24 @@ def test_it_draws_what_the_convolution_draws(
 def test_others_stay_as_they_are(form: Any, asked: dict[str, int]) -> None:
     model, _, _ = stored(*form)
     before = types(model)
-    assert use_winograd(model, **{"pixels": 1, "channels": 1, **asked}) == 0
+    assert use_winograd(model, Room(), **{"pixels": 1, "channels": 1, **asked}) == 0
     assert types(model) == before
+
+
+def test_a_room_keeps_what_it_holds_when_its_memory_is_given_back() -> None:
+    room, array = Room(), np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)
+    held = room.hold(array)
+    before = resident_bytes()
+    room.leave()
+    assert resident_bytes() <= before - array.nbytes // 2
+    np.testing.assert_array_equal(held, array)
+
+
+def resident_bytes() -> int:
+    """This process's memory, from the system's own account."""
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("Linux tells what memory a process holds in /proc")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_integer_weights_are_widened_as_the_model_says() -> None:
@@ -100,7 +117,7 @@ def test_integer_weights_are_widened_as_the_model_says() -> None:
         ops.convert(ops.constant(integers.numpy().astype(np.int8)), "f32"), ops.constant(scale.numpy())
     )
     model = ov.Model([ops.convolution(fed, weight, [1, 1], [1, 1], [1, 1], [1, 1])], [fed])
-    assert use_winograd(model, pixels=1, channels=1) == 1
+    assert use_winograd(model, Room(), pixels=1, channels=1) == 1
     expected = torch.nn.functional.conv2d(x.double(), (integers * scale).double(), padding=1)
     np.testing.assert_allclose(run(model, x), expected.numpy(), atol=2e-4)
 
@@ -113,8 +130,8 @@ def test_the_runtime_uses_it_in_fp16_bundles(
     (path,) = export_model(Checkpoint.open(tiny_checkpoint), backends=["openvino"], out=tmp_path, **asked)
     bundle, counts = Bundle.open(path), []
 
-    def everywhere(model: Any) -> int:
-        counts.append(use_winograd(model, pixels=1, channels=8))
+    def everywhere(model: Any, room: Room) -> int:
+        counts.append(use_winograd(model, room, pixels=1, channels=8))
         return counts[-1]
 
     latent = {"latent": bundle.reference()["prompt0/decoder/latent"]}
