@@ -2,8 +2,7 @@
 
 Bytes on disk are the weights' own; the fused graph's are a little fewer, as it folds the time embedding.
 Memory and time are estimates, linear in the weights and in the arithmetic of Stable Diffusion 1.5's shapes.
-Memory of the reference and of lowering follows what was seen at full size (docs/full-size.md); what a runtime
-takes is an assumption.
+Memory follows what was seen at full size (docs/full-size.md).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflow.errors import EdgeflowError
 from edgeflow.export_tasks import fp32_bytes, is_large
+from edgeflow.parity_isolated import LARGE_GRAPHS
 from edgeflow.resources import free_disk_bytes, memory_bytes
 from edgeflow.spec import COMPONENTS, PIPELINE
 
@@ -25,11 +25,12 @@ GIB = 1 << 30
 #: The command's own process and a child's imports.
 _PARENT, _CHILD = 0.45 * GIB, 0.6 * GIB
 #: Peak of a lowering over the graph's fp32 weights, by backend; for one that is not listed the largest.
-_LOWERING_MEMORY = {"onnx": 1.45, "openvino": 1.3, "coreml": 1.65}
+_LOWERING_MEMORY = {"onnx": 1.55, "openvino": 1.3, "coreml": 2.0}
 #: Seconds of a lowering for a GiB of fp32 weights.
 _LOWERING_SECONDS = {"onnx": 17.0, "openvino": 10.0, "coreml": 34.0}
-#: Assumed: a runtime's weights in fp32, and laid out anew for its kernels.
-_RUNTIME_MEMORY = 2.2
+#: Peak of a runtime over the fp32 weights that it holds, the decoder's activations apart: weights in fp32 and
+#: laid out anew for its kernels. The most that was seen, ONNX Runtime with the fp16 UNet.
+_RUNTIME_MEMORY = 1.95
 #: One run through eager PyTorch, and through a backend's runtime: GFLOP a second.
 _EAGER_RATE, _RUNTIME_RATE = 36.0, 80.0
 #: GFLOP, parameters and side of the picture (or latent) of Stable Diffusion 1.5's components at 512 pixels.
@@ -139,21 +140,36 @@ def plan_export(
         pace = _LOWERING_SECONDS.get(backend, max(_LOWERING_SECONDS.values()))
         for graph in graphs:
             held = sum(floats[p] for p in _parts(graph))
-            size = sum(stored_bytes(checkpoint, p, precision) for p in _parts(graph))
+            size = _graph_bytes(checkpoint, (backend, precision, (graph,)))
             seconds = 10 + pace * held / GIB
             steps.append(Step(f"{backend} {precision}: {graph}", base + factor * held, seconds, size))
     if parity:
         steps.append(Step("originals", base + sum(floats.values()) + picture, 10 + runs / _EAGER_RATE))
+        in_turn = any(_graph_bytes(checkpoint, job) >= LARGE_GRAPHS for job in jobs)
         for backend, precision, graphs in jobs:
-            held = sum(floats[p] for graph in graphs for p in _parts(graph))
             # The components are measured on the reference's inputs, then once more in a row.
             count = num_prompts * (1 if list(graphs) == [PIPELINE] else 2)
             seconds = 10 + count * sum(work.values()) / _RUNTIME_RATE
-            memory = base + _RUNTIME_MEMORY * held + picture
+            memory = base + _runtime_memory(graphs, floats, picture, in_turn=in_turn)
             steps.append(Step(f"parity of {backend} {precision}", memory, seconds))
     parameters = {part: size // 4 for part, size in floats.items()}
     available = memory_bytes()[1]
     return ExportPlan(checkpoint.name, parameters, isolated, tuple(steps), free_disk_bytes(out), available)
+
+
+def _runtime_memory(graphs: Sequence[str], floats: dict[str, int], picture: int, *, in_turn: bool) -> float:
+    """Bytes that a runtime holds during parity; ``in_turn``: one graph at a time (parity_isolated.InTurn)."""
+    held = [
+        _RUNTIME_MEMORY * sum(floats[p] for p in _parts(graph)) + (picture if "vae" in _parts(graph) else 0)
+        for graph in graphs
+    ]
+    return max(held) if in_turn else sum(held)
+
+
+def _graph_bytes(checkpoint: Checkpoint, job: tuple[str, str, Sequence[str]]) -> int:
+    """Bytes of the weights of one bundle's graphs."""
+    _, precision, graphs = job
+    return sum(stored_bytes(checkpoint, p, precision) for graph in graphs for p in _parts(graph))
 
 
 def _parts(graph: str) -> tuple[str, ...]:

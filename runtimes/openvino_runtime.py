@@ -23,6 +23,7 @@ with no_telemetry():
     import openvino as ov
 
     from edgeflow.runtimes.openvino_pieces import Pieces
+    from edgeflow.runtimes.openvino_winograd import Room, use_winograd
 
 if TYPE_CHECKING:
     from edgeflow.bundle import Bundle
@@ -63,13 +64,14 @@ class OpenVinoRuntime:
 
     @classmethod
     def operations(cls, bundle: Bundle, graph: str) -> Operations:
-        """What the compiled program runs; fused are those that stand for two stored operations or more."""
+        """What the compiled program runs; fused are those that stand for two stored operations or more, and
+        convolutions in Winograd's form."""
         checks.expect_bundle(cls.name, bundle)
         core, spec = ov.Core(), bundle.graph(graph)
         model = core.read_model(str(inside(bundle.root, spec.file)))
         stored = {op.get_friendly_name(): op.get_type_name() for op in model.get_ops()}
         run: Counter[str] = Counter()
-        fused: Counter[str] = Counter()
+        fused: Counter[str] = Counter({"Winograd": _rewrite(model, bundle, Room())})
         whole: Counter[str] = Counter()  # stored operation → how many of what runs it is part of
         for node in _compile(core, bundle, spec).get_runtime_model().get_ordered_ops():
             facts = node.get_rt_info()
@@ -139,12 +141,22 @@ def _config(bundle: Bundle) -> dict[str, Any]:
 
 
 def _compile(
-    core: ov.Core, bundle: Bundle, graph: GraphSpec, more: Mapping[str, Any] | None = None
+    core: ov.Core,
+    bundle: Bundle,
+    graph: GraphSpec,
+    more: Mapping[str, Any] | None = None,
+    *,
+    as_stored: bool = False,
 ) -> ov.CompiledModel:
-    """``more`` has the last word on the properties (edgeflow.training.session_options measures others)."""
+    """``more`` has the last word on the properties, and ``as_stored`` leaves convolutions as they are
+    (edgeflow.training.session_options measures others)."""
     path = inside(bundle.root, graph.file)
     try:
-        model = core.compile_model(str(path), "CPU", {**_config(bundle), **(more or {})})
+        stored, room = core.read_model(str(path)), Room()
+        if not as_stored:
+            _rewrite(stored, bundle, room)
+        model = core.compile_model(stored, "CPU", {**_config(bundle), **(more or {})})
+        room.leave()
     except RuntimeError as error:
         raise _unreadable(path, error) from error
     inputs, outputs = (
@@ -152,6 +164,11 @@ def _compile(
     )
     checks.expect_keys(OpenVinoRuntime.name, graph, inputs, outputs)
     return model
+
+
+def _rewrite(model: ov.Model, bundle: Bundle, room: Room) -> int:
+    """Winograd's convolutions, how many: in fp16 bundles, as an fp32 one is for values near to PyTorch's."""
+    return use_winograd(model, room) if bundle.manifest.precision == "fp16" else 0
 
 
 def _unreadable(path: Path, error: RuntimeError) -> RuntimeFailure:

@@ -39,6 +39,8 @@ def _extended(options: Any) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 
 
+#: OpenVINO without edgeflow.runtimes.openvino_winograd.
+AS_STORED = "convolutions as stored"
 #: What to try besides: for ONNX Runtime a change of its SessionOptions, for OpenVINO properties.
 ONNX: Mapping[str, Callable[[Any], None] | None] = {
     AS_SET: None,
@@ -60,6 +62,7 @@ OPENVINO: Mapping[str, Mapping[str, Any]] = {
     "one thread more than cores": {"INFERENCE_NUM_THREADS": (os.cpu_count() or 1) + 1},
     "pinned to cores": {"ENABLE_CPU_PINNING": True},
     "not pinned": {"ENABLE_CPU_PINNING": False},
+    AS_STORED: {},
 }
 KNOWN = {"onnx": tuple(ONNX), "openvino": tuple(OPENVINO)}
 
@@ -164,9 +167,11 @@ def _opened(bundle: Bundle, name: str) -> Any:
     from edgeflow.runtimes import openvino_runtime as ov
 
     core = openvino.Core()
-    return ov.OpenVinoRuntime(
-        graphs, {k: ov._compile(core, bundle, g, OPENVINO[name]) for k, g in graphs.items()}
-    )
+    compiled = {
+        k: ov._compile(core, bundle, g, OPENVINO[name], as_stored=name == AS_STORED)
+        for k, g in graphs.items()
+    }
+    return ov.OpenVinoRuntime(graphs, compiled)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,6 +15,8 @@ from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import main
 from edgeflow.doctor import ERROR, LOWEST, NOTE, OK, WARNING, Finding, diagnose
 from edgeflow.errors import EdgeflowError
+from edgeflow.spec import COMPONENTS
+from edgeflow.weights import StoredTensor
 
 FINE = {**LOWEST, "accelerate": "1.15"}
 del FINE["onnxruntime-gpu"]
@@ -99,6 +103,46 @@ def test_a_plan_that_cannot_fit_is_refused(plan: export_plan.ExportPlan) -> None
     short.check()  # a small model's estimate is no reason to refuse
     with pytest.raises(EdgeflowError, match="free memory"):
         dataclasses.replace(short, isolated=True).check()
+
+
+class FullSize:
+    """As much of a Stable Diffusion 1.5 checkpoint as a plan reads: its sizes, without its weights."""
+
+    name = "sd15"
+    parts = ("text_encoder", "tokenizer", "unet", "vae")
+    parameters: ClassVar = {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}
+    generation = SimpleNamespace(picture_size=512, latent_shape=(4, 64, 64))
+
+    def num_parameters(self, part: str) -> int:
+        return self.parameters[part]
+
+    def class_name(self, part: str) -> str:
+        return {"vae": "AutoencoderKL"}.get(part, part)
+
+    def stored_tensors(self, part: str) -> dict[str, StoredTensor]:
+        share = 49_490_199 if part == "vae" else self.parameters[part]
+        return {"decoder.weight": StoredTensor("F16", (share,), 0, 2 * share)}
+
+
+def planned(precision: str, graphs: tuple[str, ...]) -> export_plan.ExportPlan:
+    jobs = [(backend, precision, graphs) for backend in ("onnx", "openvino", "coreml")]
+    checkpoint: Any = FullSize()
+    return export_plan.plan_export(checkpoint, jobs, Path(), num_prompts=1, parity=True)
+
+
+def test_parity_of_large_components_is_planned_one_at_a_time() -> None:
+    assert planned("fp32", COMPONENTS).steps[-1].memory == planned("fp32", ("unet",)).steps[-1].memory
+
+
+@pytest.mark.parametrize(("graphs", "gib"), [(COMPONENTS, 7.44), (("pipeline",), 8.83)])
+def test_planned_memory_is_what_was_seen_at_full_size(graphs: tuple[str, ...], gib: float) -> None:
+    """docs/full-size.md: the most that exporting to three backends took, over all precisions."""
+    assert gib <= planned("fp32", graphs).memory / export_plan.GIB <= 1.2 * gib
+
+
+def test_parity_of_small_components_is_planned_all_at_once(plan: export_plan.ExportPlan) -> None:
+    fused, components = (step.memory for step in plan.steps if step.what.startswith("parity of"))
+    assert components == pytest.approx(fused)  # the same weights and one picture
 
 
 def test_dry_run_writes_nothing(
