@@ -171,12 +171,8 @@ def _depthwise(picture: Any, taps: Any, axis: int, pads: tuple[int, int]) -> Any
 
 def _outputs(products: Sequence[Any], points: Sequence[int], factor: dict[int, Any]) -> list[Any]:
     """Aᵀ along one axis: n products → 4 outputs. Points p and −p share their sum and their difference."""
-    rows: list[list[Any]] = [
-        [products[0]],
-        [],
-        [],
-        [],
-    ]  # the first point is 0, whose powers are 0 but the first
+    # The first point is 0, whose powers are 0 but the first.
+    rows: list[list[Any]] = [[products[0]], [], [], []]
     for place, point in enumerate(points[1:], 1):
         if -point in points[:place]:
             continue
