@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeflow import __version__, registry
+from edgeflow import bundle as bundle_module
 from edgeflow.bundle import Bundle
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import main
@@ -179,6 +181,27 @@ def test_a_missing_backend_is_said_and_a_changed_file_before_it(
     (fake_bundle / "pipeline.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match="was changed"):
         Generator.open(fake_bundle, "fake")
+
+
+def test_the_runtime_is_imported_while_the_bundle_is_hashed(
+    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing waits here until the import has begun, so one after the other would fail."""
+    asked: list[str] = []
+    begun, hashed = threading.Event(), bundle_module.entry_of
+
+    def preload(name: str) -> None:
+        asked.append(name)
+        begun.set()
+
+    def entry_of(path: Path) -> bundle_module.FileEntry:
+        assert begun.wait(10)
+        return hashed(path)
+
+    monkeypatch.setattr(registry, "preload", preload)
+    monkeypatch.setattr(bundle_module, "entry_of", entry_of)
+    Generator.open(fake_bundle, "fake")
+    assert asked == ["fake"]
 
 
 def test_a_tokenizer_of_another_length_is_refused(fake_bundle: Path) -> None:

@@ -224,6 +224,28 @@ def test_planted_pictures_are_told_apart(data: Path, tiny_checkpoint: Path) -> N
     assert wild["nearest_train"] > 2 * report.floor["nearest_train"]
 
 
+def test_the_network_that_judges_runs_where_pictures_are_drawn(
+    data: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the table and for the verdict; without a GPU, by the device that each asks the network for."""
+    from edgeflow.training import evaluate, verdict
+
+    class Asked(Exception):
+        pass
+
+    def judge(device: torch.device | None = None) -> None:
+        raise Asked(device)
+
+    judge.name = "judge"  # type: ignore[attr-defined]
+    monkeypatch.setattr(evaluate, "EfficientNetLite2", judge)
+    monkeypatch.setattr(verdict, "EfficientNetLite2", judge)
+    model = str(tiny_checkpoint)
+    with pytest.raises(Asked, match=r"^cuda$"):
+        measure(Request(data, open_drawers([model]), device="cuda"), quiet)
+    with pytest.raises(Asked, match=r"^cuda$"):
+        verdict.judge(verdict.Request([model], model, data, device="cuda"), quiet)
+
+
 def test_prompts_of_the_training_split_leave_their_own_pictures_out(
     data: Path, tiny_checkpoint: Path
 ) -> None:
