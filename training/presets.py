@@ -59,8 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adversarial": AdversarialConfig(_tiny(10)),
         "qat": QatConfig(replace(_tiny(10), learning_rate=5e-5)),
     },
-    # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop alone. The shipped model had
-    # more of each than these minutes: its card and logs are in edgeflow/models/emoji.
+    # Measured on one H100 80GB, torch 2.11, 2026-11-22; seconds are the loop alone. The shipped model's
+    # minutes are others: its card and logs are in edgeflow/models/emoji.
     "emoji": {
         # 4,800 steps in 155 s, 4,330 pictures/s: L1 0.020, mean PSNR over the sheet 32.7 dB
         "autoencoder": AutoencoderConfig(_gpu(8000, 128, 5e-4, decay_fraction=0.3, minutes=2.6), EMOJI_SHAPE),
@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "distill": DistillConfig(
             _gpu(10000, 256, 3e-4, decay_fraction=0.3, minutes=4.35), perceptual_weight=0.2
         ),
-        # on one H200, 3,900 pictures/s; the weight is of a later chain than the shipped: docs/one-step.md
+        # on one H200, 3,900 pictures/s; docs/one-step.md has the ablations
         "adversarial": AdversarialConfig(
             _gpu(20000, 256, 1e-4, decay_fraction=0.3, minutes=4.0), adversarial_weight=0.6, real_fraction=0.5
         ),
