@@ -16,6 +16,7 @@ between two autoencoders is neither's.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from edgeflow.training.run import checkpoint_of
 #: What the models must agree on, since no weight stands for it.
 _SAME = ("kind", "steps", "guidance")
 _SUMMED = ("unet", "text_encoder")
+#: Keys of a transformers config that say how it was written.
+_NOT_ARITHMETIC = ("architectures", "dtype", "torch_dtype", "transformers_version")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -53,19 +56,26 @@ def merge(
         _check_fit(checkpoints[0], checkpoint)
     with quiet_libraries(), staged_folder(out, force=force) as stage, torch.no_grad():
         parts = load_parts(checkpoints[0].root)
+        if parts.prediction != "epsilon":  # the scheduler that save_parts writes is of our own teachers
+            raise CheckpointError(
+                f"merge: {checkpoints[0].root}: expected ε-prediction, got {parts.prediction}"
+            )
         for name in _SUMMED:
             for tensor in _floats(parts, name).values():
                 tensor *= weights[0]
-        for checkpoint, weight in zip(checkpoints[1:], weights[1:], strict=True):
-            _add(
-                parts,
-                load_parts(checkpoint.root),
-                weight,
-                f"merge: {checkpoints[0].root} and {checkpoint.root}",
-            )
-        for module in (parts.unet, parts.text_encoder, parts.vae):
-            module.to(_DTYPES[dtype])
+        for other, weight in zip(checkpoints[1:], weights[1:], strict=True):
+            _add(parts, load_parts(other.root), weight, f"merge: {checkpoints[0].root} and {other.root}")
+        _cast(parts, dtype)
         save_parts(parts, stage, _facts(checkpoints, weights))
+
+
+def _cast(parts: Parts, dtype: str) -> None:
+    """Raises CheckpointError where a sum leaves the range of ``dtype``."""
+    for name in (*_SUMMED, "vae"):
+        getattr(parts, name).to(_DTYPES[dtype])
+        for key, tensor in _floats(parts, name).items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"merge: {name}: {key}: expected finite {dtype} weights, got others")
 
 
 def _check_weights(models: Sequence[str], weights: Sequence[float]) -> None:
@@ -96,14 +106,14 @@ def _check_fit(first: Checkpoint, other: Checkpoint) -> None:
 
 def _add(parts: Parts, others: Parts, weight: float, where: str) -> None:
     """Add ``weight`` times the other model to ``parts``, in place."""
+    for part in (*_SUMMED, "vae"):
+        _check_config(_config(parts, part), _config(others, part), f"{where}: {part}")
     mine, theirs = _floats(parts, "vae"), _floats(others, "vae")
-    _check_shapes(mine, theirs, f"{where}: vae")
     wrong = sorted(name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name]))
     if wrong:
         raise CheckpointError(f"{where}: vae: expected the same weights in both, but {wrong[0]} differs")
     for part in _SUMMED:
         mine, theirs = _floats(parts, part), _floats(others, part)
-        _check_shapes(mine, theirs, f"{where}: {part}")
         for name, tensor in mine.items():
             tensor.add_(theirs[name], alpha=weight)
 
@@ -113,14 +123,21 @@ def _floats(parts: Parts, name: str) -> dict[str, Tensor]:
     return {k: v for k, v in getattr(parts, name).state_dict().items() if v.is_floating_point()}
 
 
-def _check_shapes(mine: dict[str, Tensor], theirs: dict[str, Tensor], where: str) -> None:
-    shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (mine, theirs)]
-    for name in sorted(mine.keys() | theirs.keys()):
-        got = [shape.get(name, "none") for shape in shapes]
+def _config(parts: Parts, name: str) -> dict[str, str]:
+    """What a part's config says of its arithmetic, defaults filled in by its library."""
+    config = getattr(parts, name).config
+    known = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {
+        k: json.dumps(v, default=str) for k, v in known.items() if k[0] != "_" and k not in _NOT_ARITHMETIC
+    }
+
+
+def _check_config(mine: dict[str, str], theirs: dict[str, str], where: str) -> None:
+    """Equal shapes are not enough: heads, groups and activations leave none in the weights."""
+    for key in sorted(mine.keys() | theirs.keys()):
+        got = [config.get(key, "none") for config in (mine, theirs)]
         if got[0] != got[1]:
-            raise CheckpointError(
-                f"{where}: expected the same shapes in both, got {got[0]} and {got[1]} for {name}"
-            )
+            raise CheckpointError(f"{where}: {key}: expected the same in both, got {got[0]} and {got[1]}")
 
 
 def _facts(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> dict[str, Any]:

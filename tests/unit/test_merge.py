@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from edgeflow.checkpoint import Checkpoint
 from edgeflow.cli import main as edgeflow
 from edgeflow.training.merge import main
+from edgeflow.training.models import dpm_solver
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 TEXT = Path("text_encoder", "model.safetensors")
@@ -98,12 +99,27 @@ def _other_kind(root: Path) -> None:
     (root / "edgeflow.json").write_text(json.dumps({**facts, "kind": "rectified-flow"}), encoding="utf-8")
 
 
+def _other_heads(root: Path) -> None:
+    """Another function of weights of the very same shapes."""
+    path = root / "unet" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "attention_head_dim": [1, 2]}), encoding="utf-8")
+
+
+def _other_scale(root: Path) -> None:
+    path = root / "vae" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "scaling_factor": 0.5}), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (_other_autoencoder, "vae: expected the same weights in both, but decoder.layers.0.weight differs"),
         (_other_tokenizer, "tokenizer: expected the same files in both, but merges.txt differs"),
         (_other_kind, "kind: expected the same in both, got 'one-step' and 'rectified-flow'"),
+        (_other_heads, "unet: attention_head_dim: expected the same in both, got [2, 4] and [1, 2]"),
+        (_other_scale, "latent scale: expected the same in both, got 1.0 and 0.5"),
     ],
 )
 def test_two_that_do_not_fit_are_refused(
@@ -117,26 +133,35 @@ def test_two_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_width_is_refused_by_its_first_tensor(
+def test_teachers_are_merged_but_not_those_that_predict_v(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_checkpoint, other)
-    config = json.loads((other / "unet" / "config.json").read_text(encoding="utf-8"))
+    """What is written would name the ε-prediction of our own teachers."""
+    teacher = shutil.copytree(tiny_checkpoint, tmp_path / "teacher")
+    facts = json.loads((teacher / "edgeflow.json").read_text(encoding="utf-8"))
+    facts |= {"kind": "diffusion", "steps": 25, "guidance": 3.0}
+    (teacher / "edgeflow.json").write_text(json.dumps(facts), encoding="utf-8")
+    solver = dpm_solver()
+    for prediction, code in (("epsilon", 0), ("v_prediction", 1)):
+        solver.register_to_config(prediction_type=prediction)
+        solver.save_pretrained(teacher / "scheduler")
+        assert run(teacher, teacher, "--weights", 0.5, 0.5, "-o", tmp_path / prediction) == code
+    assert "expected ε-prediction, got v_prediction" in capsys.readouterr().err
+    assert not (tmp_path / "v_prediction").exists()
+
+
+def test_a_sum_beyond_float16_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
     tensors = load_file(other / UNET)
-    hidden = tensors["time_embedding.linear_1.weight"].shape[0]
-    config["time_embedding_dim"] = 2 * hidden
-    (other / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for name, tensor in tensors.items():
-        if name == "time_embedding.linear_2.weight":
-            tensors[name] = tensor.repeat(2, 2)
-        elif name.startswith("time_embedding"):
-            tensors[name] = tensor.repeat(2, *[1] * (tensor.dim() - 1))
-        elif "time_emb_proj.weight" in name:
-            tensors[name] = tensor.repeat(1, 2)
+    tensors["conv_in.bias"][0] = 1e6
     save_file(tensors, other / UNET, metadata={"format": "pt"})
-    assert run(tiny_checkpoint, other, "--weights", 0.5, 0.5, "-o", tmp_path / "out") == 1
-    assert "unet: expected the same shapes in both, got [" in capsys.readouterr().err
+    args = (tiny_checkpoint, other, "--weights", 0.5, 0.5, "-o", tmp_path / "out")
+    assert run(*args, "--dtype", "fp16") == 1
+    assert "unet: conv_in.bias: expected finite fp16 weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(*args) == 0  # float32 holds it
 
 
 @pytest.mark.parametrize(
