@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,11 +82,12 @@ def check_capability(name: str, capability: tuple[int, int]) -> None:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One call: (batch, heads, queries, width), the number of keys, and whether it has a mask."""
+    """One call: (batch, heads, queries, width), the number of keys, whether it has a mask or is causal."""
 
     query: tuple[int, ...]
     keys: int
     masked: bool
+    causal: bool = False
 
 
 class _Recorder(TorchFunctionMode):
@@ -95,8 +97,12 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            masked = (kwargs or {}).get("attn_mask") is not None or len(args) > 3
-            self.shapes.append(AttentionShape(tuple(args[0].shape), args[1].shape[-2], masked))
+            given = kwargs or {}
+            masked, causal = (
+                given.get("attn_mask") is not None or len(args) > 3,
+                given.get("is_causal", False),
+            )
+            self.shapes.append(AttentionShape(tuple(args[0].shape), args[1].shape[-2], masked, causal))
         return func(*args, **(kwargs or {}))
 
 
@@ -133,13 +139,14 @@ def _time_ms(
     q = torch.randn(shape.query, device="cuda", dtype=dtype)
     k, v = torch.randn(2, batch, heads, shape.keys, width, device="cuda", dtype=dtype)
     mask = torch.zeros(1, 1, shape.query[2], shape.keys, device="cuda", dtype=dtype) if shape.masked else None
+    attend = functools.partial(F.scaled_dot_product_attention, q, k, v, mask, is_causal=shape.causal)
     with torch.no_grad(), sdpa_kernel(list(order), set_priority=True):
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attend()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(calls):
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                attend()
     graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

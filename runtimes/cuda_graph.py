@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,23 +17,20 @@ WARM_CALLS = 3
 class Captured:
     """``function`` of tensors on the GPU, captured once. The result is overwritten by the next call."""
 
-    def __init__(self, function: Callable[..., Tensor], examples: Sequence[Tensor], *, search: bool = True):
-        """``search``: cuDNN times its convolutions before the capture, which takes seconds, and the graph
-        keeps the fastest; else it trusts its heuristics.
-
-        Raises RuntimeFailure where the function cannot be captured: it is then not run another way."""
+    def __init__(self, function: Callable[..., Tensor], examples: Sequence[Tensor]):
+        """Raises RuntimeFailure where the function cannot be captured: it is then not run another way."""
         # The graph reads weights where they lay when it was captured, and keeps none of them alive.
         self._function = function
         self._inputs = [t.clone() for t in examples]
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.no_grad(), torch.cuda.stream(stream), _searching(search):
+            with torch.no_grad(), torch.cuda.stream(stream):
                 for _ in range(WARM_CALLS):
                     function(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), _searching(search), torch.cuda.graph(self._graph):
+            with torch.no_grad(), torch.cuda.graph(self._graph):
                 self._output = function(*self._inputs)
         except torch.OutOfMemoryError:
             raise
@@ -49,12 +45,11 @@ class Captured:
         self._graph.replay()
         return self._output
 
-
-@contextlib.contextmanager
-def _searching(on: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    def on_host(self, *tensors: Tensor) -> Tensor:
+        """The same of tensors on the host, to one on the host that is the caller's: copied through
+        page-locked memory, which the GPU reads and writes by itself."""
+        self(*(t.pin_memory() for t in tensors))
+        result = torch.empty_like(self._output, device="cpu", pin_memory=True)
+        result.copy_(self._output, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return result

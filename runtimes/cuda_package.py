@@ -42,9 +42,8 @@ def load_package(bundle: Bundle, graph: GraphSpec, device: str = "cuda") -> Call
     package.check_signature(graph)
     if device == "cpu":
         return package
-    # A package is for a quick first picture: cuDNN does not search for faster convolutions before it.
     with _timed(graph, "captured"):
-        return Captured(package, [_example(t, device) for t in graph.inputs], search=False)
+        return Captured(package, [_example(t, device) for t in graph.inputs])
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from edgeflow.checkpoint import Checkpoint
 from edgeflow.errors import RuntimeFailure
 from edgeflow.runtimes import checks
 from edgeflow.runtimes.cuda_compile import CompiledCheckpoint, How
+from edgeflow.runtimes.cuda_graph import Captured
 from edgeflow.runtimes.cuda_package import load_package
 from edgeflow.spec import GraphSpec
 
@@ -37,9 +38,8 @@ class CudaReference:
         graphs: Mapping[str, GraphSpec],
         build: Callable[[str], Callable[..., Tensor]],
         facts: dict[str, str],
-        device: str = "cuda",
     ):
-        self._graphs, self._build, self._facts, self._device = dict(graphs), build, facts, device
+        self._graphs, self._build, self._facts = dict(graphs), build, facts
         self._functions: dict[str, Callable[..., Tensor]] = {}
 
     @classmethod
@@ -70,14 +70,14 @@ class CudaReference:
         graphs = {
             name: GraphSpec(name, "", c.spec.inputs, c.spec.outputs) for name, c in made.components.items()
         }
-        return cls(graphs, made.build, made.facts, how.device)
+        return cls(graphs, made.build, made.facts)
 
     @classmethod
     def packaged(cls, bundle: Bundle, facts: dict[str, str], device: str = "cuda") -> CudaReference:
         """A bundle's graphs, loaded at once. Raises RuntimeFailure as ``load``."""
         functions = {g.name: load_package(bundle, g, device) for g in bundle.manifest.graphs}
         facts = {**facts, "precision": bundle.manifest.precision, "compiled": "ahead of time"}
-        return cls({g.name: g for g in bundle.manifest.graphs}, functions.__getitem__, facts, device)
+        return cls({g.name: g for g in bundle.manifest.graphs}, functions.__getitem__, facts)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -90,13 +90,14 @@ class CudaReference:
         arrays = checks.feed(spec, inputs)
         if graph not in self._functions:
             self._functions[graph] = self._build(graph)
-        tensors = [torch.from_numpy(arrays[t.key]).to(self._device) for t in spec.inputs]
+        tensors = [torch.from_numpy(arrays[t.key]) for t in spec.inputs]
+        function = self._functions[graph]
         try:
             with torch.no_grad():
-                output = self._functions[graph](*tensors).cpu().numpy()
+                output = (function.on_host if isinstance(function, Captured) else function)(*tensors)
         except torch.OutOfMemoryError as error:
             raise RuntimeFailure(f"runtime cuda: graph {graph}: out of GPU memory") from error
-        return checks.collect(self.name, spec, {spec.outputs[0].key: output})
+        return checks.collect(self.name, spec, {spec.outputs[0].key: output.numpy()})
 
 
 class CudaBfloat16(CudaReference):

@@ -162,6 +162,7 @@ def timed(model: Model, function: Callable[..., Tensor], variant: Variant) -> di
     """``ms``: inputs on the host to the result on the host; ``gpu_ms``: the GPU alone, inputs in place."""
     host = model.inputs(variant.graph, variant.batch, variant.tiny)
     placed = [t.to(model.device) for t in host]
+    on_host = function.on_host if isinstance(function, Captured) else _plainly_on_host(model, function)
     with torch.no_grad():
         for _ in range(3):
             function(*placed)
@@ -169,7 +170,7 @@ def timed(model: Model, function: Callable[..., Tensor], variant: Variant) -> di
         walls = []
         for _ in range(model.runs):
             start = time.perf_counter()
-            function(*(t.to(model.device) for t in host)).cpu()
+            on_host(*host)
             walls.append(1000 * (time.perf_counter() - start))
         alone = _events(model, lambda: function(*placed)) if model.device == "cuda" else walls
     name = {"pipeline": "pipeline", "unet": "unet", "decoder": "decoder"}[variant.graph]
@@ -183,6 +184,10 @@ def timed(model: Model, function: Callable[..., Tensor], variant: Variant) -> di
         "pictures_per_s": round(1000 * variant.batch / gpu_ms, 2),
         "gflop": round(variant.batch * model.gflop[name]["plain"], 1),
     }
+
+
+def _plainly_on_host(model: Model, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *host: function(*(t.to(model.device) for t in host)).cpu()
 
 
 def _events(model: Model, call: Callable[[], object]) -> list[float]:

@@ -191,9 +191,13 @@ def test_every_attention_of_the_model_is_found(checkpoint: Checkpoint) -> None:
     made = CompiledCheckpoint(checkpoint, How("fp32", "cpu", compile=False))
     module, _ = made.assemble("pipeline")
     shapes = gpu_device.attention_shapes(module, made.example("pipeline"))
-    masked = [s for s in shapes if s.masked]
-    assert masked == [AttentionShape((1, 2, 16, 16), 16, True)] * 2  # two text layers, 16 tokens
-    rest = [s for s in shapes if not s.masked]
+    causal = [s for s in shapes if s.causal]
+    assert causal == [AttentionShape((1, 2, 16, 16), 16, False, True)] * 2  # two text layers, 16 tokens
+    rest = [s for s in shapes if not s.causal]
+    assert not any(s.masked for s in rest)
+    # Not rewritten, the text's layers have a mask.
+    plain = gpu_device.attention_shapes(made.components["pipeline"].module, made.example("pipeline"))
+    assert [s for s in plain if s.masked] == [AttentionShape((1, 2, 16, 16), 16, True)] * 2
     assert rest and {s.keys for s in rest} <= {16, 64}  # tokens, and a latent of 8 × 8
     assert len(rest) == sum(type(m).__name__ == "Attention" for m in module.modules())
 

@@ -14,10 +14,11 @@ pytest.importorskip("diffusers")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from edgeflow import gpu_attention, gpu_convolutions, gpu_norms  # noqa: E402
 from edgeflow import gpu_precision as half  # noqa: E402
 from edgeflow import gpu_rewrites as gpu  # noqa: E402
 from edgeflow.checkpoint import Checkpoint  # noqa: E402
-from edgeflow.components import Component, Decoder, load_components, with_picture  # noqa: E402
+from edgeflow.components import Component, Decoder, Velocity, load_components, with_picture  # noqa: E402
 from edgeflow.training.random_checkpoint import build_part, build_random_checkpoint, configs  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -57,8 +58,8 @@ def test_a_rewrite_changes_nothing_but_the_arithmetic(
         close(pipeline.module(**inputs(pipeline)), module(**inputs(pipeline)))
     expected = set(gpu.REWRITES) if name == "all" else {name}
     assert set(counts) == expected
-    # No head of these narrow models is wide, and diffusers' tiny decoder has no attention.
-    assert all(count > 0 for key, count in counts.items() if key != "wide_attention")
+    # No head of these narrow models is wide, nor has one as many channels as ``taps`` asks for.
+    assert all((count > 0) is (key not in ("wide_attention", "taps")) for key, count in counts.items())
 
 
 def test_the_rewrites_reach_every_place_of_stable_diffusion() -> None:
@@ -69,10 +70,12 @@ def test_the_rewrites_reach_every_place_of_stable_diffusion() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**{k: v for k, v in shapes["unet"].items() if k[0] != "_"})
         vae = AutoencoderKL(**{k: v for k, v in shapes["vae"].items() if k[0] != "_"})
-    _, of_unet = gpu.rewritten(unet)
+    _, of_unet = gpu.rewritten(Velocity(unet))
     _, of_decoder = gpu.rewritten(Decoder(vae))
-    assert of_unet == {"qkv": 32, "wide_attention": 0, "upsample": 3, "norm": 61}
-    assert of_decoder == {"qkv": 1, "wide_attention": 1, "upsample": 3, "norm": 30}
+    unets = {"qkv": 32, "text_kv": 16, "wide_attention": 0, "upsample": 3, "taps": 1, "product": 48}
+    decoders = {"qkv": 1, "text_kv": 0, "wide_attention": 1, "upsample": 3, "taps": 1, "product": 29}
+    assert of_unet == unets | {"norm": 61}
+    assert of_decoder == decoders | {"norm": 30}
 
 
 def test_the_original_is_left_as_it_is(pipelines: dict[str, Component]) -> None:
@@ -103,12 +106,58 @@ def test_a_subpixel_convolution_is_upsampling_and_convolution(shape: tuple[int, 
     conv = nn.Conv2d(5, 6, 3, padding=1, bias=bias).double()
     x = torch.randn(shape, dtype=torch.float64)
     expected = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    sub = gpu.SubpixelConv(conv)
+    sub = gpu_convolutions.SubpixelConv(conv)
     got = F.conv2d(x, sub.weight, sub.bias, padding=1)
     assert got.shape[1] == 24 and sub.weight[0].numel() == 20  # 16 products a pixel and channel pair, not 36
     torch.testing.assert_close(sub(x), expected, atol=1e-6, rtol=0)  # weights are added in float32
     with pytest.raises(ValueError, match="another"):
         sub(x, (3, 3))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 5, 16, 16), (2, 5, 7, 6), (1, 5, 1, 1), (2, 5, 33, 16)])
+def test_a_convolution_by_product_is_the_convolution(shape: tuple[int, ...], stride: int) -> None:
+    """At few pixels, where it is a product, and at more, where it is not."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 6, 3, padding=1, stride=stride)
+    parent = nn.ModuleList([conv])
+    assert gpu_convolutions.convolve_by_product(parent) == 1
+    x = torch.randn(shape)
+    with torch.no_grad():
+        close(conv(x), parent[0](x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 64, 9, 7), (3, 64, 1, 1)])
+def test_a_convolution_tap_by_tap_is_the_convolution(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    few, many = nn.Conv2d(64, 3, 3, padding=1, bias=bias), nn.Conv2d(64, 4, 3, padding=1, bias=bias)
+    parent = nn.ModuleList([few, many])
+    assert gpu_convolutions.convolve_tap_by_tap(parent) == 1 and parent[1] is many
+    x = torch.randn(shape)
+    with torch.no_grad():
+        close(few(x), parent[0](x))
+
+
+def test_only_few_pixels_are_a_product() -> None:
+    counts = []
+    for shape in [(1, 5, 16, 16), (2, 5, 16, 16)]:
+        module = gpu_convolutions.ProductConv(nn.Conv2d(5, 6, 3, padding=1))
+        graph = torch.export.export(module, (torch.randn(shape),)).graph
+        counts.append(
+            {str(node.target) for node in graph.nodes} & {"aten.conv2d.default", "aten.linear.default"}
+        )
+    assert counts == [{"aten.linear.default"}, {"aten.conv2d.default"}]
+
+
+@pytest.mark.parametrize(("batch", "side", "own"), [(1, 127, False), (1, 128, True), (4, 64, True)])
+def test_only_many_pixels_are_normed_by_channel(batch: int, side: int, own: bool) -> None:
+    module = gpu_norms.ChannelGroupNorm(nn.GroupNorm(1, 2))
+    x = torch.randn(batch, 2, side, side)
+    targets = {str(node.target) for node in torch.export.export(module, (x,)).graph.nodes}
+    assert ("aten.group_norm.default" not in targets) is own
+    with torch.no_grad():
+        close(F.group_norm(x, 1), module(x))
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 12, 40), (3, 12, 1, 1)])
@@ -123,7 +172,7 @@ def test_a_channels_group_norm_is_group_norm(shape: tuple[int, ...], offset: flo
     wide = nn.GroupNorm(4, 12, eps=1e-6).double()
     wide.load_state_dict(norm.state_dict())
     expected = wide(x.double()).float()
-    own = float((gpu.ChannelGroupNorm(norm)(x) - expected).detach().abs().max())
+    own = float((gpu_norms.ChannelGroupNorm(norm).by_channel(x) - expected).detach().abs().max())
     theirs = float((norm(x) - expected).detach().abs().max())
     assert own <= max(TOLERANCE, 4 * theirs)
 
@@ -140,9 +189,9 @@ def test_the_attention_processor_is_diffusers_own(dim: tuple[int, ...], wide: bo
     x = torch.randn(dim)
     with torch.no_grad():
         expected = attn(x)
-        attn.processor = gpu.AttentionProcessor(wide=wide)
+        attn.processor = gpu_attention.AttentionProcessor(wide=wide)
         close(expected, attn(x))
-        assert gpu.fuse_projections(nn.ModuleList([attn])) == 1
+        assert gpu_attention.fuse_projections(nn.ModuleList([attn])) == 1
         assert not hasattr(attn, "to_q") and attn.processor.wide is wide
         close(expected, attn(x))
 
@@ -157,8 +206,8 @@ def test_only_heads_that_no_kernel_takes_are_unfused() -> None:
     x = torch.randn(1, 9, 264)
     with torch.no_grad():
         expected = wide(x)
-        assert gpu.unfuse_wide_attention(nn.ModuleList([narrow, wide])) == 1
-        assert isinstance(wide.processor, gpu.AttentionProcessor) and wide.processor.wide
+        assert gpu_attention.unfuse_wide_attention(nn.ModuleList([narrow, wide])) == 1
+        assert isinstance(wide.processor, gpu_attention.AttentionProcessor) and wide.processor.wide
         close(expected, wide(x))
 
 

@@ -39,7 +39,17 @@ HEAVY = {
     "torch", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "coremltools",
     "transformers", "diffusers", "safetensors", "huggingface_hub", "accelerate", "webdataset",
 }  # fmt: skip
-_TORCH = ("aot_package", "gpu_device", "gpu_precision", "gpu_rewrites", "split_einsum", "upsampling")
+_TORCH = (
+    "aot_package",
+    "gpu_attention",
+    "gpu_convolutions",
+    "gpu_device",
+    "gpu_norms",
+    "gpu_precision",
+    "gpu_rewrites",
+    "split_einsum",
+    "upsampling",
+)
 _TORCH_QUANTIZATION = (
     "allocate",
     "apply",
