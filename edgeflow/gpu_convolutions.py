@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeflow.sharing import constant, placed_children
-from edgeflow.upsampling import expect_twice, is_plain_3x3, phase_kernels, replace_upsamplers
+from edgeflow.upsampling import expect_twice, phase_kernels, replace_upsamplers
 
 #: Up to so many output pixels of a batch, a matrix product reads the weights faster than a convolution does:
 #: 16 × 16 of one picture on an H200 (docs/cuda.md).
@@ -16,40 +16,21 @@ FEW_PIXELS = 256
 
 
 def fuse_upsampling(module: nn.Module) -> int:
-    """The rewrite ``upsample``, over diffusers' Upsample2D and nn.Upsample before a convolution."""
-    sequences = [child for child in module.modules() if isinstance(child, nn.Sequential)]
-    return replace_upsamplers(module, SubpixelConv) + sum(map(_fuse_sequence, sequences))
+    """The rewrite ``upsample``, over diffusers' Upsample2D.
+
+    Not over the nn.Upsample of diffusers' tiny decoder: compiled ahead of time, that drew another picture on
+    the GPU, for a reason not found (docs/cuda.md).
+    """
+    return replace_upsamplers(module, SubpixelConv)
 
 
 def convolve_by_product(module: nn.Module) -> int:
-    """The rewrite ``product``, over 3×3 convolutions that keep or halve the picture."""
-    found = [(parent, name, child) for parent, name, child in placed_children(module) if _is_3x3(child)]
+    """The rewrite ``product``, over a UNet's 3×3 convolutions: a decoder's have more pixels."""
+    unets = [unet for unet in module.modules() if type(unet).__name__ == "UNet2DConditionModel"]
+    found = [placed for unet in unets for placed in placed_children(unet) if _is_3x3(placed[2])]
     for parent, name, child in found:
         setattr(parent, name, ProductConv(child))
     return len(found)
-
-
-def convolve_tap_by_tap(module: nn.Module) -> int:
-    """The rewrite ``taps``, over 3×3 convolutions of many channels to few."""
-    found = [
-        (parent, name, child)
-        for parent, name, child in placed_children(module)
-        if is_plain_3x3(child) and 2 * 9 * child.out_channels <= child.in_channels
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, TapConv(child))
-    return len(found)
-
-
-def _fuse_sequence(layers: nn.Sequential) -> int:
-    count = 0
-    for i in range(len(layers) - 1):
-        up: Any = layers[i]
-        doubles = isinstance(up, nn.Upsample) and (up.mode, float(up.scale_factor or 0)) == ("nearest", 2.0)
-        if doubles and is_plain_3x3(layers[i + 1]):
-            layers[i], layers[i + 1] = SubpixelConv(layers[i + 1]), nn.Identity()
-            count += 1
-    return count
 
 
 class SubpixelConv(nn.Module):
@@ -74,32 +55,6 @@ class SubpixelConv(nn.Module):
         expect_twice(output_size)
         phases = F.conv2d(x, self.weight, self.bias, padding=1).unflatten(1, (2, 2, self.out_channels))
         return phases.permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)[:, :, 1:-1, 1:-1]
-
-
-class TapConv(nn.Module):
-    """A 3×3 convolution of padding 1 to few channels, as one product for all nine taps and their shifted sum.
-
-    (N, C, H, W) → (N, O, H, W). Each pixel is read once and leaves 9·O numbers, fewer than the C that a
-    convolution's kernel would read nine times.
-    """
-
-    def __init__(self, conv: Any):
-        super().__init__()
-        self.out_channels, self.bias = conv.out_channels, conv.bias
-        matrix = conv.weight.permute(2, 3, 0, 1).flatten(0, 2)  # tap (i, j) from row O·(3i + j) on
-        # Matrix units want rows in eights.
-        self.matrix = constant(F.pad(matrix, (0, 0, 0, -len(matrix) % 8)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        taps = F.pad(F.linear(x.permute(0, 2, 3, 1), self.matrix), (0, 0, 1, 1, 1, 1)).float()
-        total = None if self.bias is None else self.bias.float()
-        for tap in range(9):
-            (i, j), k = divmod(tap, 3), self.out_channels * tap
-            part = taps[:, i : i + height, j : j + width, k : k + self.out_channels]
-            total = part if total is None else total + part
-        assert total is not None
-        return total.to(x.dtype).permute(0, 3, 1, 2)
 
 
 class ProductConv(nn.Module):

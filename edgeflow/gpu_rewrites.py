@@ -8,8 +8,7 @@ many places it changed; each is exact up to rounding, and tested by itself in fl
 - ``wide_attention``: heads wider than any fused kernel takes are two products and a softmax;
 - ``upsample``: nearest ×2 and a 3×3 convolution are one 2×2 convolution of four times the channels on the
   small picture: of the nine taps of each output pixel only four read different pixels;
-- ``taps``: a 3×3 convolution of many channels to few is a product for all taps and their shifted sum;
-- ``product``: a 3×3 convolution of few pixels is one matrix product;
+- ``product``: a UNet's 3×3 convolution of few pixels is one matrix product;
 - ``norm``: group norm of a large picture from each channel's own mean and variance, which in channels-last
   memory are read in one pass along it.
 
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from edgeflow.gpu_attention import fuse_projections, project_text_once, unfuse_wide_attention
-from edgeflow.gpu_convolutions import convolve_by_product, convolve_tap_by_tap, fuse_upsampling
+from edgeflow.gpu_convolutions import convolve_by_product, fuse_upsampling
 from edgeflow.gpu_norms import per_channel_norms
 from edgeflow.sharing import sharing_copy
 
@@ -33,7 +32,6 @@ REWRITES: Mapping[str, Callable[[nn.Module], int]] = {
     "text_kv": project_text_once,
     "wide_attention": unfuse_wide_attention,
     "upsample": fuse_upsampling,
-    "taps": convolve_tap_by_tap,
     "product": convolve_by_product,
     "norm": per_channel_norms,
 }

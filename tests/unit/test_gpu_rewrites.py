@@ -58,8 +58,8 @@ def test_a_rewrite_changes_nothing_but_the_arithmetic(
         close(pipeline.module(**inputs(pipeline)), module(**inputs(pipeline)))
     expected = set(gpu.REWRITES) if name == "all" else {name}
     assert set(counts) == expected
-    # No head of these narrow models is wide, nor has one as many channels as ``taps`` asks for.
-    assert all((count > 0) is (key not in ("wide_attention", "taps")) for key, count in counts.items())
+    # No head of these narrow models is wide.
+    assert all((count > 0) is (key != "wide_attention") for key, count in counts.items())
 
 
 def test_the_rewrites_reach_every_place_of_stable_diffusion() -> None:
@@ -72,8 +72,8 @@ def test_the_rewrites_reach_every_place_of_stable_diffusion() -> None:
         vae = AutoencoderKL(**{k: v for k, v in shapes["vae"].items() if k[0] != "_"})
     _, of_unet = gpu.rewritten(Velocity(unet))
     _, of_decoder = gpu.rewritten(Decoder(vae))
-    unets = {"qkv": 32, "text_kv": 16, "wide_attention": 0, "upsample": 3, "taps": 1, "product": 48}
-    decoders = {"qkv": 1, "text_kv": 0, "wide_attention": 1, "upsample": 3, "taps": 1, "product": 29}
+    unets = {"qkv": 32, "text_kv": 16, "wide_attention": 0, "upsample": 3, "product": 49}
+    decoders = {"qkv": 1, "text_kv": 0, "wide_attention": 1, "upsample": 3, "product": 0}
     assert of_unet == unets | {"norm": 61}
     assert of_decoder == decoders | {"norm": 30}
 
@@ -120,23 +120,9 @@ def test_a_convolution_by_product_is_the_convolution(shape: tuple[int, ...], str
     """At few pixels, where it is a product, and at more, where it is not."""
     torch.manual_seed(0)
     conv = nn.Conv2d(5, 6, 3, padding=1, stride=stride)
-    parent = nn.ModuleList([conv])
-    assert gpu_convolutions.convolve_by_product(parent) == 1
     x = torch.randn(shape)
     with torch.no_grad():
-        close(conv(x), parent[0](x))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 64, 9, 7), (3, 64, 1, 1)])
-def test_a_convolution_tap_by_tap_is_the_convolution(shape: tuple[int, ...], bias: bool) -> None:
-    torch.manual_seed(0)
-    few, many = nn.Conv2d(64, 3, 3, padding=1, bias=bias), nn.Conv2d(64, 4, 3, padding=1, bias=bias)
-    parent = nn.ModuleList([few, many])
-    assert gpu_convolutions.convolve_tap_by_tap(parent) == 1 and parent[1] is many
-    x = torch.randn(shape)
-    with torch.no_grad():
-        close(few(x), parent[0](x))
+        close(conv(x), gpu_convolutions.ProductConv(conv)(x))
 
 
 def test_only_few_pixels_are_a_product() -> None:
