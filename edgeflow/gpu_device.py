@@ -98,10 +98,8 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             given = kwargs or {}
-            masked, causal = (
-                given.get("attn_mask") is not None or len(args) > 3,
-                given.get("is_causal", False),
-            )
+            masked = given.get("attn_mask") is not None or len(args) > 3
+            causal = given.get("is_causal", False)
             self.shapes.append(AttentionShape(tuple(args[0].shape), args[1].shape[-2], masked, causal))
         return func(*args, **(kwargs or {}))
 

@@ -14,14 +14,10 @@ MANY_PIXELS = 128 * 128
 
 def per_channel_norms(module: nn.Module) -> int:
     """The rewrite ``norm``, over nn.GroupNorm."""
-    found = [(parent, name, child) for parent, name, child in placed_children(module) if _is_norm(child)]
+    found = [placed for placed in placed_children(module) if type(placed[2]) is nn.GroupNorm]
     for parent, name, child in found:
         setattr(parent, name, ChannelGroupNorm(child))
     return len(found)
-
-
-def _is_norm(layer: object) -> bool:
-    return type(layer) is nn.GroupNorm
 
 
 class ChannelGroupNorm(nn.Module):
