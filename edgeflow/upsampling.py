@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgeflow.sharing import sharing_copy
+from edgeflow.sharing import placed_children, sharing_copy
 
 #: [phase][tap of 2][tap of 3]: which rows (or columns) of the 3×3 kernel fall on the same source row.
 _TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
@@ -68,8 +68,7 @@ def replace_upsamplers(module: nn.Module, make: Callable[[Any], nn.Module]) -> i
     float 3×3 convolution and nothing else; how many there were."""
     found = [
         (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
+        for parent, name, child in placed_children(module)
         if type(child).__name__ == "Upsample2D" and _plain(child) and is_plain_3x3(child.conv)
     ]
     for parent, name, child in found:

@@ -15,7 +15,7 @@ from torch import nn
 
 from edgeflow import gpu_device
 from edgeflow.errors import RuntimeFailure
-from edgeflow.sharing import sharing_copy
+from edgeflow.sharing import placed_children, sharing_copy
 
 
 def float_layers(module: nn.Module, *, everything: bool = False) -> tuple[nn.Module, dict[str, int]]:
@@ -28,15 +28,14 @@ def float_layers(module: nn.Module, *, everything: bool = False) -> tuple[nn.Mod
         return module, {}
     twin = sharing_copy(module)
     counts = {"int8 linear": 0, "made float": 0}
-    for parent in list(twin.modules()):
-        for name, layer in list(parent.named_children()):
-            if not hasattr(layer, "weight_q"):
-                continue
-            if _has_kernel(layer) and not everything:
-                counts["int8 linear"] += 1
-            else:
-                setattr(parent, name, _plain(layer))
-                counts["made float"] += 1
+    for parent, name, layer in placed_children(twin):
+        if not hasattr(layer, "weight_q"):
+            continue
+        if _has_kernel(layer) and not everything:
+            counts["int8 linear"] += 1
+        else:
+            setattr(parent, name, _plain(layer))
+            counts["made float"] += 1
     return twin, counts
 
 
@@ -65,7 +64,7 @@ def _plain(layer: Any) -> nn.Module:
 
 def integer_linears(module: nn.Module, dtype: torch.dtype) -> None:
     """Turn the layers that stayed integers into linear layers of torchao's tensors, in place."""
-    found = [(p, n, c) for p in module.modules() for n, c in p.named_children() if hasattr(c, "weight_q")]
+    found = [placed for placed in placed_children(module) if hasattr(placed[2], "weight_q")]
     if not found:
         return
     from torchao.quantization import Int8Tensor
@@ -95,14 +94,13 @@ def to_integers(module: nn.Module, *, activations: bool) -> nn.Module:
 
     twin = sharing_copy(module)
     with torch.no_grad():
-        for parent in list(twin.modules()):
-            for name, layer in list(parent.named_children()):
-                if type(layer) is nn.Linear:
-                    q, scale, _ = quantize(layer.weight.float(), SCHEMES["w8"])
-                    plain = sharing_copy(layer)
-                    grid = (torch.ones(()), torch.zeros((), dtype=torch.uint8)) if activations else None
-                    replace_weight(plain, q, scale, None, 8, grid)
-                    setattr(parent, name, plain)
+        for parent, name, layer in placed_children(twin):
+            if type(layer) is nn.Linear:
+                q, scale, _ = quantize(layer.weight.float(), SCHEMES["w8"])
+                plain = sharing_copy(layer)
+                grid = (torch.ones(()), torch.zeros((), dtype=torch.uint8)) if activations else None
+                replace_weight(plain, q, scale, None, 8, grid)
+                setattr(parent, name, plain)
     return twin
 
 
@@ -124,8 +122,8 @@ def float8_linears(module: nn.Module) -> int:
         for m in module.modules()
         if type(m) is nn.Linear and m.in_features % 16 == 0 and m.out_features % 16 == 0
     ]
-    # Its own settings of the compiler tune each kernel by descent: over six minutes for this UNet, and they
-    # stay for whatever is compiled after it.
+    # Its own settings of the compiler tune each kernel by descent: nine minutes and more for a full UNet, and
+    # they stay for whatever is compiled after it.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(module, config, filter_fn=lambda m, name: any(m is other for other in fits))
     return len(fits)

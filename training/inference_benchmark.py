@@ -55,6 +55,7 @@ MORE_ROWS: dict[str, Row] = {
     "decoder fp16, without norm": (_path(graph="decoder", without=("norm",)), 45),
     "decoder fp16, without wide_attention": (_path(graph="decoder", without=("wide_attention",)), 45),
     "unet fp16": (_path(graph="unet", profile=True), 70),
+    # Without text_kv too, which would make one product of half of the same layers.
     "unet fp16, without qkv": (_path(graph="unet", without=("qkv", "text_kv")), 70),
     "unet fp16, without text_kv": (_path(graph="unet", without=("text_kv",)), 70),
     "unet fp16, without product": (_path(graph="unet", without=("product",)), 70),

@@ -29,6 +29,7 @@ from edgeflow.generate import Generator, run_pipeline, to_pixels  # noqa: E402
 from edgeflow.gpu_device import AttentionShape  # noqa: E402
 from edgeflow.gpu_rewrites import REWRITES  # noqa: E402
 from edgeflow.metrics import psnr_db, sqnr_db  # noqa: E402
+from edgeflow.runtimes import cuda_quantized  # noqa: E402
 from edgeflow.runtimes.cuda_compile import CompiledCheckpoint, How  # noqa: E402
 from edgeflow.runtimes.cuda_graph import Captured  # noqa: E402
 from edgeflow.runtimes.cuda_reference import CudaBfloat16, CudaReference  # noqa: E402
@@ -185,6 +186,21 @@ def test_ampere_is_the_oldest() -> None:
 )
 def test_float8_is_for_ada_and_later(capability: tuple[int, int], has: bool) -> None:
     assert gpu_device.Chip("a chip", capability, "2.13.0", "13.0", "9").has_fp8 is has
+
+
+def test_float8_leaves_the_compilers_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao would have every kernel tuned by descent: minutes, for whatever is compiled later too."""
+    from torch._inductor import config
+    from torchao.quantization import Float8Tensor, quant_api
+
+    chip = gpu_device.Chip("a chip", (9, 0), "2.13.0", "13.0", "9")
+    monkeypatch.setattr(gpu_device, "require_chip", lambda: chip)
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
+    before = config.save_config()
+    module = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 3)).to(torch.bfloat16)
+    assert cuda_quantized.float8_linears(module) == 1  # 3 outputs do not fit
+    assert [isinstance(layer.weight, Float8Tensor) for layer in module] == [True, False]
+    assert config.save_config() == before
 
 
 def test_every_attention_of_the_model_is_found(checkpoint: Checkpoint) -> None:
