@@ -1,4 +1,7 @@
-"""ONNX Runtime on CUDA as far as a CPU can tell: what a session is told, and runs through IO binding."""
+"""ONNX Runtime on CUDA as far as a CPU can tell: what a session is told, and runs through IO binding.
+
+Whether a GPU draws the same stands behind ``gpu``.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,15 @@ ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
 from edgeflow.bundle import Bundle, Manifest  # noqa: E402
-from edgeflow.errors import DeviceMissing  # noqa: E402
+from edgeflow.cli import main  # noqa: E402
+from edgeflow.errors import DeviceMissing, RuntimeFailure  # noqa: E402
+from edgeflow.generate import Generator, run_pipeline, to_pixels  # noqa: E402
+from edgeflow.metrics import psnr_db  # noqa: E402
 from edgeflow.runtimes import onnx_runtime  # noqa: E402
 from edgeflow.runtimes.onnx_runtime import CPU, CUDA, OnnxCuda, OnnxRuntime, provider_options  # noqa: E402
 from edgeflow.spec import GraphSpec, TensorSpec  # noqa: E402
+
+NEEDS_GPU = pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
 
 
 def test_only_a_captured_cuda_session_is_told_of_graphs() -> None:
@@ -97,3 +105,48 @@ def test_without_cuda_it_is_said(tmp_path: Path) -> None:
     with pytest.raises(DeviceMissing, match=r"runtime onnx-cuda: expected CUDAExecutionProvider") as caught:
         OnnxCuda.load(bundle)
     assert caught.value.exit_code == 4
+
+
+# --- on the chip ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize(("precision", "floor_db"), [("fp32", 55.0), ("fp16", 40.0)])
+@pytest.mark.parametrize("layout", ["pipeline", "components"])
+def test_captured_pictures_are_the_cpus(
+    tiny_checkpoint: Path, tmp_path: Path, layout: str, precision: str, floor_db: float
+) -> None:
+    """Every node on CUDA and captured, or the session would have been refused; a picture in bytes each."""
+    args = ["--to", "onnx", "--precision", precision, "--graph", layout, "--no-parity", "-o", str(tmp_path)]
+    assert main(["export", str(tiny_checkpoint), *args]) == 0
+    bundle = Bundle.open(tmp_path / f"onnx-{layout}-{precision}")
+    expected, runtime = OnnxRuntime.load(bundle, (CPU,)), OnnxCuda.load(bundle)
+    assert all(providers[0] == CUDA for providers in runtime.providers.values())
+    for prompt in (0, 1, 0):
+        ids, noise = Generator(bundle, runtime).inputs(bundle.generation.prompts[prompt], prompt)
+        drawn = [
+            to_pixels(run_pipeline(r, bundle.generation, ids, noise, fused=layout == "pipeline"))
+            for r in (expected, runtime)
+        ]
+        assert psnr_db(drawn[0], drawn[1], 255.0) >= floor_db
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_what_cuda_cannot_run_is_an_error_and_not_the_cpus(tmp_path: Path) -> None:
+    """Determinants have no kernel on CUDA."""
+    types, tensor = onnx.TensorProto, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Det", ["x"], ["y"])],
+        "determinant",
+        [tensor("x", types.FLOAT, [1, 2, 2])],
+        [tensor("y", types.FLOAT, [1])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "model.onnx")
+    x, y = TensorSpec("x", (1, 2, 2), "float32", "x"), TensorSpec("y", (1,), "float32", "y")
+    spec = GraphSpec("determinant", "model.onnx", (x,), (y,))
+    bundle = Bundle(tmp_path, Manifest("onnx", "fp32", "components", {}, None, (spec,), {}, {}))
+    with pytest.raises(RuntimeFailure, match=r"runtime onnx: .*model\.onnx"):
+        OnnxCuda.load(bundle)
