@@ -1,11 +1,12 @@
 """A benchmark: measured rows, what they mean for the machine, and ratios. Torch-free.
 
-The JSON (``BenchReport.as_dict``), schema 1 (times in ms, memory in MiB, SUMMARY as in edgeflow/speed.py)::
+The JSON (``BenchReport.as_dict``), schema 2 (times in ms, memory in MiB, SUMMARY as in edgeflow/speed.py)::
 
-    {"schema": 1, "kind": "bench", "machine": {…}, "settings": {…}, "versions": {…}, "notes": [sentence…],
-     "matrix_rate": {"gflop_per_s", "by"} or null,
-     "rows": [{"name", "model", "runtime", "backend", "precision", "threads", "bytes", "graph_bytes", "check",
-               "warm_ms": SUMMARY, "parts_ms": {graph: SUMMARY}, "stages_ms": {stage: median},
+    {"schema": 2, "kind": "bench", "machine": {…}, "settings": {…}, "versions": {…}, "notes": [sentence…],
+     "matrix_rates": {device: {"gflop_per_s", "by"}},
+     "rows": [{"name", "model", "runtime", "device", "backend", "precision", "threads", "bytes",
+               "graph_bytes", "check", "warm_ms": SUMMARY, "parts_ms": {graph: SUMMARY},
+               "stages_ms": {stage: median},
                "first_picture_ms": SUMMARY, "load_ms": SUMMARY, "cold_start_ms": SUMMARY or null,
                "peak_rss_mib", "imported_rss_mib", "peak_gpu_mib",
                "gflop": {component: GFLOP}, "gflop_per_s", "share_of_matrix_rate", "floor_ms",
@@ -29,7 +30,7 @@ from edgeflow.measure_process import Configuration, cold_starts
 from edgeflow.measure_statistics import Summary, summarize
 from edgeflow.speed import compare, peak_gpu
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class BenchRow:
     name: str
     model: str
     runtime: str
+    device: str
     backend: str
     precision: str
     threads: int
@@ -81,7 +83,7 @@ class BenchReport:
     settings: Mapping[str, Any]
     rows: tuple[BenchRow, ...]
     ratios: tuple[NamedRatio, ...] = ()
-    matrix_rate: MatrixRate | None = None
+    matrix_rates: Mapping[str, MatrixRate] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -94,7 +96,7 @@ class BenchReport:
             "settings": dict(self.settings),
             "versions": dict(sorted(self.versions.items())),
             "notes": list(self.notes),
-            "matrix_rate": None if self.matrix_rate is None else asdict(self.matrix_rate),
+            "matrix_rates": {device: asdict(rate) for device, rate in self.matrix_rates.items()},
             "rows": [asdict(row) for row in self.rows],
             "ratios": [asdict(found) for found in self.ratios],
         }
@@ -126,17 +128,17 @@ def bench(request: BenchRequest, say: Say = lambda step: None) -> BenchReport:
     notes = [warning] if (warning := busy(facts)) else []
     measured = measure(request.configurations, request.plan, say=say)
     rows = [row_of(m, _cold(m, request.cold, say)) for m in measured]
-    rate = None
+    rates = {}
     if request.flops:
-        rate = _matrix_rate(measured, say)
-        rows, missing = _with_work(rows, rate, say)
+        rates = _matrix_rates(measured, say)
+        rows, missing = _with_work(rows, rates, say)
         notes += missing
     return BenchReport(
         machine=facts,
         settings={**asdict(request.plan), "cold": request.cold},
         rows=tuple(rows),
         ratios=ratios_of(measured) if request.compare else (),
-        matrix_rate=rate,
+        matrix_rates=rates,
         versions={"edgeflow": __version__, **dict(m.backend.split(" ", 1) for m in measured)},
         notes=tuple(notes),
     )
@@ -151,6 +153,7 @@ def row_of(measured: Measured, cold: Summary | None = None) -> BenchRow:
         name=measured.label,
         model=measured.configuration.model,
         runtime=measured.runtime,
+        device=measured.device,
         backend=measured.backend,
         precision=measured.precision,
         threads=measured.threads,
@@ -178,16 +181,18 @@ def _cold(measured: Measured, times: int, say: Say) -> Summary | None:
     return summarize(list(cold_starts(wanted, times)))
 
 
-def _matrix_rate(measured: Sequence[Measured], say: Say) -> MatrixRate:
-    """The rate on what the models ran on, with the most threads that one of them had."""
+def _matrix_rates(measured: Sequence[Measured], say: Say) -> dict[str, MatrixRate]:
+    """The rate of each device that a model ran on, with the most threads that one of them had."""
     from edgeflow.bench_machine import matrix_rate
 
     say("matrix rate")
-    on_gpu = any(peak_gpu(m) is not None for m in measured)
-    return matrix_rate(max(m.threads for m in measured), "cuda" if on_gpu else "cpu")
+    threads = max(m.threads for m in measured)
+    return {device: matrix_rate(threads, device) for device in sorted({m.device for m in measured})}
 
 
-def _with_work(rows: Sequence[BenchRow], rate: MatrixRate, say: Say) -> tuple[list[BenchRow], list[str]]:
+def _with_work(
+    rows: Sequence[BenchRow], rates: Mapping[str, MatrixRate], say: Say
+) -> tuple[list[BenchRow], list[str]]:
     """Rows with their arithmetic, and a note for each whose arithmetic could not be counted."""
     from edgeflow.bench_flops import count_gflop
     from edgeflow.generate import open_model
@@ -202,7 +207,7 @@ def _with_work(rows: Sequence[BenchRow], rate: MatrixRate, say: Say) -> tuple[li
         gflop, reason = counted[key]
         if reason:
             notes.append(f"{row.name}: arithmetic not counted: {reason}")
-        made.append(with_work(row, gflop, rate))
+        made.append(with_work(row, gflop, rates[row.device]))
     return made, notes
 
 

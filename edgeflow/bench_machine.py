@@ -89,6 +89,14 @@ def _gpu() -> str | None:
     return None
 
 
+def gpu_used_mib() -> float | None:
+    """What is in use of the first NVIDIA GPU's memory, whoever uses it; None where no driver says."""
+    asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+        return float(subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.splitlines()[0])
+    return None
+
+
 @dataclass(frozen=True)
 class MatrixRate:
     """The best rate of a matrix product, and what reached it."""

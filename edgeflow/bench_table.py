@@ -13,6 +13,7 @@ _STAGES = {
     "python": "python", "import": "imports", "open": "open and verify", "session": "session",
     "tokenizer": "tokenizer", "first": "first picture",
 }  # fmt: skip
+_DEVICES = {"cpu": "machine's", "cuda": "GPU's"}
 
 
 def print_bench(report: BenchReport, *, as_json: bool = False) -> None:
@@ -31,7 +32,7 @@ def lines(report: BenchReport) -> Iterator[str]:
     """The report as text, a line at a time."""
     for number, row in enumerate(report.rows, 1):
         yield f"Benchmark {number}: {row.name}"
-        yield from (f"  {name:<15} {said}" for name, said in _block(row, report))
+        yield from (f"  {name:<15} {said}" for name, said in _block(row))
         yield ""
     if report.ratios:
         yield "Summary"
@@ -41,7 +42,7 @@ def lines(report: BenchReport) -> Iterator[str]:
     yield from report.notes
 
 
-def _block(row: BenchRow, report: BenchReport) -> Iterator[tuple[str, str]]:
+def _block(row: BenchRow) -> Iterator[tuple[str, str]]:
     processes = len(row.launches_ms)
     yield "runs", f"{row.runtime} {row.precision}, {row.threads} threads, {row.backend}"
     yield "picture", f"{shown(row.warm_ms)}   {row.warm_ms.count} in {processes} processes"
@@ -57,13 +58,13 @@ def _block(row: BenchRow, report: BenchReport) -> Iterator[tuple[str, str]]:
     gpu = "" if row.peak_gpu_mib is None else f", {row.peak_gpu_mib:.0f} MiB on the GPU"
     yield "peak memory", f"{row.peak_rss_mib:.0f} MiB ({row.imported_rss_mib:.0f} after imports){gpu}"
     yield "on disk", f"{row.bytes / 2**20:.2f} MiB (graphs and weights {row.graph_bytes / 2**20:.2f})"
-    if row.gflop_per_s is not None and report.matrix_rate is not None:
+    if row.gflop_per_s is not None:
         total = sum(row.gflop.values())
         share = f"{100 * (row.share_of_matrix_rate or 0):.0f} %"
         yield (
             "work",
-            f"{total:.2f} GFLOP a picture, {row.gflop_per_s:.0f} GFLOP/s: {share} of the machine's matrix "
-            f"rate, which would take {row.floor_ms:.1f} ms",
+            f"{total:.2f} GFLOP a picture, {row.gflop_per_s:.0f} GFLOP/s: {share} of the "
+            f"{_DEVICES[row.device]} matrix rate, which would take {row.floor_ms:.1f} ms",
         )
     yield "checked", row.check
 
@@ -93,7 +94,7 @@ def sentence(found: NamedRatio) -> str:
 
 
 def _machine(report: BenchReport) -> Iterator[str]:
-    facts, rate = report.machine, report.matrix_rate
+    facts = report.machine
     power = [f"governor {facts['governor']}"] if facts["governor"] else []
     power += [] if facts["on_mains"] is None else ["on mains" if facts["on_mains"] else "on battery"]
     said = [
@@ -101,5 +102,5 @@ def _machine(report: BenchReport) -> Iterator[str]:
         facts["system"],        f"Python {facts['python']}", f"load {facts['load']} at the start", *power,
     ]  # fmt: skip
     yield "Machine: " + ", ".join(str(part) for part in said if part is not None)
-    if rate is not None:
+    for rate in report.matrix_rates.values():
         yield f"Matrix rate: {rate.gflop_per_s:.0f} GFLOP/s ({rate.by}), measured in the same run"

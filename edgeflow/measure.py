@@ -53,6 +53,7 @@ class Measured:
 
     configuration: Configuration
     runtime: str
+    device: str  # cpu or cuda
     backend: str  # package and version
     threads: int
     bytes: int  # of the whole folder
@@ -189,6 +190,7 @@ class _Subject:
         return Measured(
             configuration=self.configuration,
             runtime=seen["runtime"],
+            device=seen["device"],
             backend=seen["backend"],
             threads=seen["threads"],
             bytes=self.bytes,

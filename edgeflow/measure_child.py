@@ -3,7 +3,7 @@
 JOB is JSON: ``{"model", "runtime", "prompt", "seed", "components"}``. The child loads the model, draws the
 first picture, and says one JSON object a line on what was its stdout::
 
-    {"event": "ready", "stages": {stage: ms…}, "runtime", "backend", "threads", "pixels", "shape",
+    {"event": "ready", "stages": {stage: ms…}, "runtime", "device", "backend", "threads", "pixels", "shape",
      "rss_mib": {"imported", "ready"}}
     {"event": "ran", "latency_ms": [ms…], "graphs_ms": {graph: [ms…]…}}
     {"event": "ended", "peak_rss_mib", "peak_gpu_mib"}
@@ -51,6 +51,7 @@ class _Timed:
     def __init__(self, runtime: Any):
         self._runtime = runtime
         self.name = runtime.name
+        self.device = getattr(runtime, "device", "cpu")
         self.graphs_ms: dict[str, list[float]] = {}
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def _ready(generator: Any, picture: Any, clock: _Clock, rss_imported: float) -> 
     return {
         "stages": clock.stages,
         "runtime": generator.runtime.name,
+        "device": generator.runtime.device,
         "backend": backend_version(generator.runtime.name),
         "threads": num_threads(),
         "pixels": base64.b64encode(zlib.compress(picture.pixels.tobytes(), 1)).decode(),

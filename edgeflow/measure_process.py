@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from edgeflow.bench_machine import gpu_used_mib
 from edgeflow.errors import EdgeflowError, RuntimeFailure
 from edgeflow.generate import open_model
 
@@ -57,6 +58,8 @@ class Launch:
     graphs_ms: Mapping[str, tuple[float, ...]]  # by graph; empty for what has one graph alone
     peak_rss_mib: float
     rss_mib: Mapping[str, float]  # after importing, after the first picture
+    #: torch's own count of what it reserved; of another library on a GPU, what the device had in use more
+    #: after the first picture than before the process began, CUDA's own context with it.
     peak_gpu_mib: float | None = None
 
     @property
@@ -85,6 +88,7 @@ class Process:
         env = dict(os.environ)
         if self._configuration.threads is not None:
             env["OMP_NUM_THREADS"] = str(self._configuration.threads)
+        used = gpu_used_mib()
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         spawned = time.monotonic()
         self._child = subprocess.Popen(
@@ -98,6 +102,7 @@ class Process:
         )
         try:
             self.ready = self._listen("ready")
+            self._taken_mib = self._gpu_taken_mib(used)
         except BaseException:
             self.__exit__()
             raise
@@ -114,6 +119,12 @@ class Process:
         for stream in (self._child.stdin, self._child.stdout, self._stderr):
             with contextlib.suppress(BrokenPipeError):
                 _open(stream).close()
+
+    def _gpu_taken_mib(self, used_before: float | None) -> float | None:
+        if used_before is None or self.ready.get("device") != "cuda":
+            return None
+        used = gpu_used_mib()
+        return None if used is None else used - used_before
 
     def picture(self) -> NDArray[np.uint8]:
         """The first picture (H, W, 3)."""
@@ -137,7 +148,7 @@ class Process:
             graphs_ms=_graphs([parts] if parts else turns),
             peak_rss_mib=last["peak_rss_mib"],
             rss_mib=self.ready["rss_mib"],
-            peak_gpu_mib=last["peak_gpu_mib"],
+            peak_gpu_mib=self._taken_mib if last["peak_gpu_mib"] is None else last["peak_gpu_mib"],
         )
 
     def _tell(self, line: str) -> None:

@@ -41,7 +41,7 @@ RUNTIMES = {
 REQUIRES = {
     "torch": ("torch", "export"),
     "onnx": ("onnxruntime", "onnx"),
-    "onnx-cuda": ("onnxruntime", "onnx"),
+    "onnx-cuda": ("onnxruntime", "cuda"),
     "openvino": ("openvino", "openvino"),
     "coreml": ("coremltools", "coreml"),
     "cuda": ("torch", "cuda"),
@@ -68,7 +68,10 @@ class Exporter(Protocol):
 
 
 class Runtime(Protocol):
-    """Loads a bundle once and runs its graphs many times."""
+    """Loads a bundle once and runs its graphs many times.
+
+    One that computes on a GPU has an attribute ``device`` of "cuda".
+    """
 
     name: ClassVar[str]
 

@@ -32,6 +32,7 @@ class CudaReference:
 
     name: ClassVar[str] = "cuda"
     precision: ClassVar[str] = "fp16"
+    device: ClassVar[str] = "cuda"
 
     def __init__(
         self,

@@ -31,15 +31,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-#: TF32 would round a float32 graph's factors to 10 bits, and parity would measure that, not the export.
-_OPTIONS = {CUDA: {"use_tf32": "0"}}
+#: What CUDA is told for a graph of float32, whose factors TF32 would round to 10 bits: parity would measure
+#: that, not the export. Without TF32 ONNX Runtime asks cuDNN for convolutions without tensor cores, and where
+#: its heuristics offer none, takes one with them and says nothing; the search DEFAULT always offers one.
+_FLOAT32 = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+#: And for every other: to leave TF32 out would take tensor cores from float16's convolutions too, for ten
+#: times the time (docs/cuda.md); what stays float32 in such a graph does so for its range, not its digits.
+_HALF = {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"}
 #: What a session needs besides to be captured as one CUDA graph: inputs and outputs at fixed addresses (IO
-#: binding), one stream, and the fastest convolution looked for once.
-_CAPTURE = {
-    "enable_cuda_graph": "1",
-    "cudnn_conv_algo_search": "EXHAUSTIVE",
-    "do_copy_in_default_stream": "1",
-}
+#: binding) and one stream.
+_CAPTURE = {"enable_cuda_graph": "1", "do_copy_in_default_stream": "1"}
 _ERRORS_ONLY = 3
 #: A graph of integer weights up to so many bytes is opened with float ones, which take four to eight times as
 #: much memory: ONNX Runtime's CPU has no convolution of integers and floats, so it would make floats of the
@@ -50,7 +51,8 @@ _FUSED = ("nchwc:Conv", "FusedConv", "FusedMatMul", "FusedGemm", "nchwc:Upsample
 
 
 class OnnxRuntime:
-    """Runs an ONNX bundle. ``providers`` says what each session in fact runs on, by graph."""
+    """Runs an ONNX bundle. ``providers`` says what each session in fact runs on, by graph; ``device`` is
+    "cuda" where one of them runs on it."""
 
     name: ClassVar[str] = "onnx"
 
@@ -67,6 +69,7 @@ class OnnxRuntime:
         }
         self._sessions = dict(sessions)
         self.providers = {name: tuple(session.get_providers()) for name, session in sessions.items()}
+        self.device = "cuda" if any(used[0] == CUDA for used in self.providers.values()) else "cpu"
 
     @classmethod
     def load(
@@ -223,10 +226,11 @@ def _types(path: Path) -> Counter[str]:
     return Counter(f"nchwc:{name}" if domain.endswith("nchwc") else name for domain, name in nodes)
 
 
-def provider_options(provider: str, capture: bool) -> dict[str, str]:
-    """What a session is told about a provider."""
-    options = dict(_OPTIONS.get(provider, {}))
-    return options | _CAPTURE if capture and provider == CUDA else options
+def provider_options(provider: str, precision: str, capture: bool) -> dict[str, str]:
+    """What a session over a graph of that precision is told about a provider."""
+    if provider != CUDA:
+        return {}
+    return (_FLOAT32 if precision == "fp32" else _HALF) | (_CAPTURE if capture else {})
 
 
 def _default_providers() -> list[str]:
@@ -235,6 +239,7 @@ def _default_providers() -> list[str]:
         # Finds CUDA and cuDNN where pip put them. It prints what it misses; stdout is for results.
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
+        ort.set_default_logger_severity(_ERRORS_ONLY)  # CUDA logs beside its sessions, a line a convolution
     return [p for p in (CUDA, CPU) if p in available]
 
 
@@ -260,7 +265,8 @@ def _session(
     if adjust is not None:
         adjust(options)
     try:
-        session = _open(str(path), options, providers, capture=capture)
+        told = [(p, provider_options(p, bundle.manifest.precision, capture)) for p in providers]
+        session = _open(str(path), options, told)
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         raise _unreadable(path, error) from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -292,13 +298,10 @@ def _options(bundle: Bundle, path: Path, providers: Sequence[str], *, frugal: bo
 def _open(
     model: str | bytes,
     options: ort.SessionOptions,
-    providers: Sequence[str] = (CPU,),
-    *,
-    capture: bool = False,
+    providers: Sequence[tuple[str, dict[str, str]]] = ((CPU, {}),),
 ) -> ort.InferenceSession:
     """``model``: a path, or a model's bytes. Raises what ONNX Runtime raises."""
-    chosen = [(p, provider_options(p, capture)) for p in providers]
-    session = ort.InferenceSession(model, options, providers=chosen)
+    session = ort.InferenceSession(model, options, providers=list(providers))
     session.disable_fallback()  # a failing run is an error, not a silent retry on another provider
     return session
 

@@ -105,7 +105,7 @@ def a_bench_page() -> str:
         times = Summary(10, ms, 1.1 * ms, 0.9 * ms, 1.2 * ms)
         stages = dict.fromkeys(STAGES, ms)
         return BenchRow(
-            name, name, "onnx", "onnxruntime 1", "fp16", 2, 2**24, int(2**17 * ms), "equal", times, {},
+            name, name, "onnx", "cpu", "onnxruntime 1", "fp16", 2, 2**24, int(2**17 * ms), "equal", times, {},
             stages, times, times, 200.0, 56.0, None, (((ms,),),), times, {"unet": 4.0}, 40.0, 0.4, 20.0,
         )  # fmt: skip
 
@@ -116,7 +116,7 @@ def a_bench_page() -> str:
     }  # fmt: skip
     rows = (row(LONG, 120.0), row("b", 90.0), row("c", 60.0))
     ratios = (NamedRatio("b", LONG, 0.75, 0.7, 0.8, "faster"),)
-    report = BenchReport(machine, {}, rows, ratios, MatrixRate(100.0, "NumPy 2"), {}, ("a note",))
+    report = BenchReport(machine, {}, rows, ratios, {"cpu": MatrixRate(100.0, "NumPy 2")}, {}, ("a note",))
     return bench_page(report, Figures("verdict.json", {LONG: 90.0, "b": 95.0}))
 
 

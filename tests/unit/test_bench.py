@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from edgeflow import bench
 from edgeflow.bench import BenchReport, NamedRatio, ratios_of, row_of, with_work
 from edgeflow.bench_flops import count_gflop
 from edgeflow.bench_machine import MatrixRate, busy, machine, matrix_rate
@@ -17,7 +19,7 @@ from edgeflow.bench_table import lines, sentence
 from edgeflow.cli import main
 from edgeflow.errors import DataError
 from edgeflow.generate import open_model
-from edgeflow.measure import Measured
+from edgeflow.measure import Measured, Plan
 from edgeflow.measure_child import STAGES
 from edgeflow.measure_process import Configuration, Launch
 
@@ -38,7 +40,7 @@ def a_measured(name: str, warm: float, spread: float = 0.0) -> Measured:
         for k in (-1, 0, 1)
     ]
     return Measured(
-        Configuration(f"/models/{name}", name=name), "onnx", "onnxruntime 1", 2, 2**24, 2**23, "fp16",
+        Configuration(f"/models/{name}", name=name), "onnx", "cpu", "onnxruntime 1", 2, 2**24, 2**23, "fp16",
         "reference.npz, 64.1 dB", tuple(launches),
     )  # fmt: skip
 
@@ -51,7 +53,7 @@ def a_report(**changes: object) -> BenchReport:
     }  # fmt: skip
     rate = MatrixRate(200.0, "NumPy 2")
     rows = tuple(with_work(row_of(m), {"unet": 4.0, "decoder": 6.0}, rate) for m in measured)
-    report = BenchReport(facts, {}, rows, ratios_of(measured), rate, {}, ())
+    report = BenchReport(facts, {}, rows, ratios_of(measured), {"cpu": rate}, {}, ())
     return replace(report, **changes)  # type: ignore[arg-type]
 
 
@@ -68,6 +70,30 @@ def test_work_over_time_is_the_rate_and_its_share() -> None:
     assert row.gflop_per_s == pytest.approx(10 / 0.105)
     assert row.share_of_matrix_rate == pytest.approx(10 / 0.105 / 200) and row.floor_ms == pytest.approx(50)
     assert with_work(replace(row, gflop={}, floor_ms=None), {}, MatrixRate(1.0, "")).floor_ms is None
+
+
+def test_a_row_is_held_against_the_rate_of_what_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both devices in one run, as with ``--compare``: neither row is divided by the other's rate."""
+    from edgeflow import bench_flops, bench_machine, generate
+
+    asked = []
+
+    def rate(threads: int, device: str) -> MatrixRate:
+        asked.append((threads, device))
+        return MatrixRate({"cpu": 100.0, "cuda": 100_000.0}[device], device)
+
+    on_cpu, on_gpu = a_measured("a", 100.0), replace(a_measured("b", 1.0), device="cuda")
+    monkeypatch.setattr(bench, "measure", lambda *a, **k: [on_cpu, on_gpu])
+    monkeypatch.setattr(bench_machine, "matrix_rate", rate)
+    model = SimpleNamespace(generation=SimpleNamespace(checkpoint_hash="0"))
+    monkeypatch.setattr(generate, "open_model", lambda name: model)
+    monkeypatch.setattr(bench_flops, "count_gflop", lambda model: ({"unet": 4.0}, None))
+    report = bench.bench(bench.BenchRequest((), Plan()))
+    assert asked == [(2, "cpu"), (2, "cuda")]
+    assert [row.floor_ms for row in report.rows] == [pytest.approx(40), pytest.approx(0.04)]
+    text = "\n".join(lines(report))
+    assert "of the machine's matrix rate, which" in text and "of the GPU's matrix rate, which" in text
+    assert "Matrix rate: 100 GFLOP/s (cpu)" in text and "Matrix rate: 100000 GFLOP/s (cuda)" in text
 
 
 def test_a_winner_is_named_only_beyond_the_noise() -> None:
@@ -92,9 +118,11 @@ def test_the_text_says_every_figure() -> None:
 
 def test_the_json_keeps_every_timing() -> None:
     raw = json.loads(a_report().to_json())
-    assert (raw["schema"], raw["kind"]) == (1, "bench") and len(raw["rows"]) == 3
+    assert (raw["schema"], raw["kind"]) == (2, "bench") and len(raw["rows"]) == 3
     assert raw["rows"][0]["launches_ms"][0][0] == [100.0, 100.0]
-    assert raw["ratios"][1]["verdict"] == "inside the noise" and raw["matrix_rate"]["gflop_per_s"] == 200
+    assert (
+        raw["ratios"][1]["verdict"] == "inside the noise" and raw["matrix_rates"]["cpu"]["gflop_per_s"] == 200
+    )
 
 
 # --- the machine and the arithmetic ----------------------------------------------------------------------

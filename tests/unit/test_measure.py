@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgeflow import measure_process
 from edgeflow.errors import EdgeflowError, RuntimeFailure
 from edgeflow.generate import Generator
 from edgeflow.measure import Plan, distinct_names, measure
@@ -100,6 +103,34 @@ def test_the_interval_is_students(launches: int) -> None:
 
 
 # --- processes -------------------------------------------------------------------------------------------
+
+
+class _Drawn(Process):
+    """A child that says it drew on ``device``, and held as much as torch says."""
+
+    def __init__(self, device: str, torch_mib: float | None = None):
+        super().__init__({}, Configuration("it"))
+        ready = {"event": "ready", "device": device, "stages": {}, "rss_mib": {}}
+        ended = {"event": "ended", "peak_rss_mib": 1.0, "peak_gpu_mib": torch_mib}
+        self._lines = [json.dumps(event) for event in (ready, ended)]
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", f"import sys\nfor line in {self._lines!r}: print(line, flush=True)"]
+
+
+def test_gpu_memory_is_torchs_count_or_what_the_device_had_more_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def taken(child: Process, *used: float | None) -> float | None:
+        said = iter(used)
+        monkeypatch.setattr(measure_process, "gpu_used_mib", lambda: next(said))
+        with child:
+            return child.end([], {}).peak_gpu_mib
+
+    assert taken(_Drawn("cuda"), 600.0, 3100.0) == 2500
+    assert taken(_Drawn("cuda", 2000.0), 600.0, 3100.0) == 2000
+    assert taken(_Drawn("cuda"), None) is None  # no driver says
+    assert taken(_Drawn("cpu"), 600.0) is None  # another's, whatever it is
 
 
 def test_every_launch_has_its_stages_and_its_turns(make_bundle: Callable[..., Path]) -> None:
