@@ -120,7 +120,7 @@ def test_without_cuda_it_is_said(tmp_path: Path) -> None:
 def test_captured_pictures_are_the_cpus(
     tiny_checkpoint: Path, tmp_path: Path, layout: str, precision: str, floor_db: float
 ) -> None:
-    """Every node on CUDA and captured, or the session would have been refused; TF32 would leave some 60 dB."""
+    """Every node on CUDA and captured, or the session would be refused; TF32 would leave some 60 dB."""
     args = ["--to", "onnx", "--precision", precision, "--graph", layout, "--no-parity", "-o", str(tmp_path)]
     assert main(["export", str(tiny_checkpoint), *args]) == 0
     bundle = Bundle.open(tmp_path / f"onnx-{layout}-{precision}")
