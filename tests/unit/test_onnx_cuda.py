@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
 from edgeflow.bundle import Bundle, Manifest  # noqa: E402
+from edgeflow.checkpoint import Checkpoint  # noqa: E402
 from edgeflow.cli import main  # noqa: E402
 from edgeflow.errors import DeviceMissing, RuntimeFailure  # noqa: E402
 from edgeflow.generate import Generator, run_pipeline  # noqa: E402
@@ -26,14 +28,20 @@ from edgeflow.spec import GraphSpec, TensorSpec  # noqa: E402
 NEEDS_GPU = pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
 
 
+def a_manifest(precision: str, recipe: dict[str, Any] | None = None) -> Manifest:
+    return Manifest("onnx", precision, "pipeline", {}, recipe, (), {}, {})
+
+
 def test_what_cuda_is_told_is_of_the_graphs_precision() -> None:
     """Only where TF32 is left out can cuDNN run short of kernels, and DEFAULT is the search that cannot."""
-    single, half = (provider_options(CUDA, precision, capture=False) for precision in ("fp32", "fp16"))
+    single, half = (provider_options(CUDA, a_manifest(p), capture=False) for p in ("fp32", "fp16"))
     assert (single["use_tf32"], single["cudnn_conv_algo_search"]) == ("0", "DEFAULT")
-    assert half["use_tf32"] == "1"
-    captured = provider_options(CUDA, "fp16", capture=True)
+    assert half["use_tf32"] == "1" and half["prefer_nhwc"] == "1"
+    quantized = provider_options(CUDA, a_manifest("fp16", {"name": "w8"}), capture=False)
+    assert quantized == {name: value for name, value in half.items() if name != "prefer_nhwc"}
+    captured = provider_options(CUDA, a_manifest("fp16"), capture=True)
     assert captured["enable_cuda_graph"] == "1" and captured.items() > half.items()
-    assert provider_options(CPU, "fp16", capture=True) == provider_options(CPU, "fp32", capture=False) == {}
+    assert all(provider_options(CPU, a_manifest(p), capture=True) == {} for p in ("fp32", "fp16"))
     assert all(isinstance(value, str) for value in (captured | single).values())  # the API takes nothing else
 
 
@@ -98,7 +106,7 @@ def test_capture_reaches_every_session(monkeypatch: pytest.MonkeyPatch, tmp_path
     )
     bundle = Bundle(tmp_path, Manifest("onnx", "fp16", "components", {}, None, graphs, {}, {}))
     OnnxCuda.load(bundle)
-    assert made == [[(CUDA, provider_options(CUDA, "fp16", capture=True))]] * 2
+    assert made == [[(CUDA, provider_options(CUDA, bundle.manifest, capture=True))]] * 2
     assert bound == [("a", "cuda"), ("b", "cuda")]
 
 
@@ -123,16 +131,34 @@ def test_captured_pictures_are_the_cpus(
     """Every node on CUDA and captured, or the session would be refused; TF32 would leave some 60 dB."""
     args = ["--to", "onnx", "--precision", precision, "--graph", layout, "--no-parity", "-o", str(tmp_path)]
     assert main(["export", str(tiny_checkpoint), *args]) == 0
-    bundle = Bundle.open(tmp_path / f"onnx-{layout}-{precision}")
+    expect_the_cpus(Bundle.open(tmp_path / f"onnx-{layout}-{precision}"), floor_db)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("recipe", ["w8", "w4g32", "w8a8"])
+def test_captured_pictures_of_integers_are_the_cpus(
+    tiny_checkpoint: Path, tmp_path: Path, recipe: str
+) -> None:
+    model, captions = tmp_path / "model", tmp_path / "captions.txt"
+    captions.write_text("\n".join(Checkpoint.open(tiny_checkpoint).generation.prompts))
+    calibration = ["--calibration", str(captions)] if recipe == "w8a8" else []
+    assert main(["quantize", str(tiny_checkpoint), "--recipe", recipe, *calibration, "-o", str(model)]) == 0
+    args = ["--to", "onnx", "--precision", "fp16", "--no-parity", "-o", str(tmp_path)]
+    assert main(["export", str(model), *args]) == 0
+    # Activations near the middle of two steps fall to either side.
+    expect_the_cpus(Bundle.open(tmp_path / "onnx-pipeline-fp16"), 20.0 if recipe == "w8a8" else 40.0)
+
+
+def expect_the_cpus(bundle: Bundle, floor_db: float) -> None:
+    """Captured on CUDA alone, the bundle draws what it draws on the CPU."""
     expected, runtime = OnnxRuntime.load(bundle, (CPU,)), OnnxCuda.load(bundle)
     assert all(providers[0] == CUDA for providers in runtime.providers.values())
     assert (expected.device, runtime.device) == ("cpu", "cuda")
+    fused = bundle.manifest.layout == "pipeline"
     for prompt in (0, 1, 0):
         ids, noise = Generator(bundle, runtime).inputs(bundle.generation.prompts[prompt], prompt)
-        drawn = [
-            run_pipeline(r, bundle.generation, ids, noise, fused=layout == "pipeline")
-            for r in (expected, runtime)
-        ]
+        drawn = [run_pipeline(r, bundle.generation, ids, noise, fused=fused) for r in (expected, runtime)]
         assert sqnr_db(drawn[0], drawn[1]) >= floor_db
 
 
