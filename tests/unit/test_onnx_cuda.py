@@ -141,7 +141,8 @@ def test_captured_pictures_of_integers_are_the_cpus(
     tiny_checkpoint: Path, tmp_path: Path, recipe: str
 ) -> None:
     model, captions = tmp_path / "model", tmp_path / "captions.txt"
-    captions.write_text("\n".join(Checkpoint.open(tiny_checkpoint).generation.prompts))
+    prompts = Checkpoint.open(tiny_checkpoint).generation.prompts
+    captions.write_text("\n".join(f"{prompt} {i}" for prompt in prompts for i in range(16)))
     calibration = ["--calibration", str(captions)] if recipe == "w8a8" else []
     assert main(["quantize", str(tiny_checkpoint), "--recipe", recipe, *calibration, "-o", str(model)]) == 0
     args = ["--to", "onnx", "--precision", "fp16", "--no-parity", "-o", str(tmp_path)]
