@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -78,22 +77,24 @@ def _on_mains() -> bool | None:
 
 
 def _gpu() -> str | None:
-    """Name, power state and clock of the first NVIDIA GPU, as its driver says."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    fields = "name,driver_version,pstate,clocks.sm,power.draw"
-    asked = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        lines = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.splitlines()
-        return lines[0].strip() if lines else None
-    return None
+    """Name, power state and clock of the first NVIDIA GPU."""
+    return _nvidia_smi("name,driver_version,pstate,clocks.sm,power.draw")
 
 
 def gpu_used_mib() -> float | None:
     """What is in use of the first NVIDIA GPU's memory, whoever uses it; None where no driver says."""
-    asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        return float(subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.splitlines()[0])
+    said = _nvidia_smi("memory.used")  # "604 MiB"
+    with contextlib.suppress(ValueError):
+        return float(said.split()[0]) if said else None
+    return None
+
+
+def _nvidia_smi(fields: str) -> str | None:
+    """What the driver says of the first NVIDIA GPU, with units; None where none is there to ask."""
+    asked = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        lines = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.splitlines()
+        return lines[0].strip() if lines else None
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from edgeflow import bench
 from edgeflow.bench import BenchReport, NamedRatio, ratios_of, row_of, with_work
 from edgeflow.bench_flops import count_gflop
-from edgeflow.bench_machine import MatrixRate, busy, machine, matrix_rate
+from edgeflow.bench_machine import MatrixRate, busy, gpu_used_mib, machine, matrix_rate
 from edgeflow.bench_page import Figures, bench_page, read_quality
 from edgeflow.bench_table import lines, sentence
 from edgeflow.cli import main
@@ -133,6 +134,20 @@ def test_the_machine_is_said_and_a_busy_one_is_warned_of() -> None:
     assert facts["cpus"] >= 1 and facts["system"] and facts["python"].count(".") == 2
     assert busy({"load": 0.2, "cpus": 2}) is None and busy({"load": None, "cpus": 2}) is None
     assert "load 3 on 2 CPUs" in str(busy({"load": 3.0, "cpus": 2}))
+
+
+@pytest.mark.parametrize(("said", "used"), [("604 MiB\n17 MiB\n", 604.0), ("[N/A]\n", None), ("", None)])
+def test_gpu_memory_in_use_is_what_the_driver_says_of_the_first(
+    said: str, used: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_used_mib() is None  # no driver
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(
+        f"#!{sys.executable}\nimport sys\nassert 'memory.used' in sys.argv[1]\nprint({said!r}, end='')\n"
+    )
+    driver.chmod(0o755)
+    assert gpu_used_mib() == used
 
 
 def test_the_matrix_rate_is_a_rate_of_this_machine() -> None:

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("safetensors")
 
-from edgeflow import aot_package, gpu_device, registry  # noqa: E402
+from edgeflow import aot_package, gpu_device, measure_child, registry  # noqa: E402
 from edgeflow.bundle import Bundle, Manifest  # noqa: E402
 from edgeflow.checkpoint import Checkpoint  # noqa: E402
 from edgeflow.cli import main  # noqa: E402
@@ -73,6 +73,11 @@ def test_pictures_are_pytorchs(
         assert psnr_db(expected, drawn(runtime, checkpoint, prompt), 255.0) >= floor_db
     assert runtime.facts["precision"] == precision and runtime.facts["tail"] == "none"
     assert set(runtime.facts["rewrites"].replace(",", "").split()[::2]) == set(REWRITES)
+
+
+def test_its_work_is_held_against_the_gpus_rate(checkpoint: Checkpoint) -> None:
+    """``edgeflow bench`` asks a runtime where it computes."""
+    assert measure_child._Timed(on_cpu(checkpoint)).device == CudaBfloat16.device == "cuda"
 
 
 def test_a_checkpoint_has_every_graph(checkpoint: Checkpoint, reference: Any) -> None:

@@ -140,7 +140,7 @@ def test_every_launch_has_its_stages_and_its_turns(make_bundle: Callable[..., Pa
     assert [m.label for m in measured] == ["one", "two"]
     for subject in measured:
         assert (subject.runtime, subject.threads, subject.precision) == ("onnx", 1, "fp32")
-        assert subject.backend.startswith("onnxruntime ")
+        assert subject.backend.startswith("onnxruntime ") and subject.device == "cpu"
         for launch in subject.launches:
             assert set(launch.stages) == set(STAGES) and min(launch.stages.values()) >= 0
             assert launch.first_picture_ms == pytest.approx(sum(launch.stages.values()))

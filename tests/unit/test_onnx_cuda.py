@@ -105,7 +105,7 @@ def test_capture_reaches_every_session(monkeypatch: pytest.MonkeyPatch, tmp_path
         GraphSpec(n, f"{n}.onnx", (tensor,), (TensorSpec("y", (1,), "float32", "y"),)) for n in ("a", "b")
     )
     bundle = Bundle(tmp_path, Manifest("onnx", "fp16", "components", {}, None, graphs, {}, {}))
-    OnnxCuda.load(bundle)
+    assert OnnxCuda.load(bundle).device == "cuda"
     assert made == [[(CUDA, provider_options(CUDA, bundle.manifest, capture=True))]] * 2
     assert bound == [("a", "cuda"), ("b", "cuda")]
 

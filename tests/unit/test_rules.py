@@ -288,9 +288,9 @@ def test_extras_named_in_errors_exist() -> None:
 
 
 def test_an_extra_brings_the_package_it_is_named_for() -> None:
-    for package, extra in registry.REQUIRES.values():
-        # onnxruntime-gpu is imported as onnxruntime is.
-        assert {package, f"{package}-gpu"} & {r.name for r in _extras()[extra]}, extra
+    builds = {"onnx-cuda": "onnxruntime-gpu"}  # imported as onnxruntime
+    for runtime, (package, extra) in registry.REQUIRES.items():
+        assert builds.get(runtime, package) in {r.name for r in _extras()[extra]}, extra
 
 
 # --- versions -------------------------------------------------------------------------------------------
